@@ -1,0 +1,17 @@
+"""Errors that a user can act on."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one line, naming the thing and what is allowed. The command line exits with 2."""
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list, with the nearest names first."""
+    allowed = sorted(allowed)
+    near = get_close_matches(name, allowed, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    shown = allowed if len(allowed) <= 30 else [*allowed[:30], f"… {len(allowed) - 30} more"]
+    return UserError(f"unknown {kind} {name!r}: {hint}allowed: {', '.join(shown)}")
