@@ -1,0 +1,230 @@
+"""Attention whose two products are additions: angular linear attention over float, binary or hashed queries and keys (section 4.1).
+
+o_i = local_i + (1/π) q_i (Σ_j k_jᵀ v_j) · scale, optionally normalised, plus a token convolution of v. With binary q and k both
+products are `MatAdd`: sums of the rows of v, and then of the context, that a code selects.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shiftaddvit.numerics import binarize, binary_threshold
+from shiftaddvit.numerics.binarize import Codes, Threshold
+
+from .hashing import HashConfig, KernelHash
+
+
+@dataclass(frozen=True)
+class BinaryConfig:
+    """How queries and keys become binary codes ("Quant")."""
+
+    threshold: Threshold = "token"
+    """`token` (default) and `zero` look at one token only; `tensor` is the published mean over the whole batch."""
+    codes: Codes = "zero-one"
+    """{0, 1} as published, or {−1, 1}."""
+    published_window: bool = False
+    """Pass the gradient where 0 ≤ x ≤ 1, as published, instead of where |x − threshold| ≤ 1."""
+
+
+@dataclass(frozen=True)
+class AngularConfig:
+    """The form of linear attention. `AngularConfig.published()` is the authors' code; the defaults are the better measured ones."""
+
+    local: Literal["own", "mean", "none"] = "own"
+    """½ v_i (published code), ½ of the mean of v (the derivation, divided by N), or nothing."""
+    context: Literal["sum", "mean"] = "mean"
+    """Σ_j k_jᵀ v_j as it is, or divided by the number of tokens."""
+    output_norm: Literal["l2", "none"] = "l2"
+    """Divide each head's output by its length, or leave it."""
+    token_conv: int = 9
+    """Window in tokens, in raster order, of the depthwise convolution of v, one filter a head; 0 leaves it out."""
+    prefix_in_conv: bool = False
+    """Let class and distillation tokens take part in the token convolution, as the published code does."""
+    sparse_threshold: float = 0.0
+    """In training add (A ⊙ [A > t]) v with A = softmax(q kᵀ/√d); 0 leaves it out. Published: 0.02."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("local", ("own", "mean", "none")),
+            ("context", ("sum", "mean")),
+            ("output_norm", ("l2", "none")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"AngularConfig.{field} must be one of {allowed}, got {getattr(self, field)!r}")
+        if self.token_conv < 0 or (self.token_conv and self.token_conv % 2 == 0):
+            raise ValueError(f"AngularConfig.token_conv must be 0 or odd, got {self.token_conv}")
+
+    @classmethod
+    def published(cls) -> "AngularConfig":
+        return cls(local="own", context="sum", output_norm="l2", prefix_in_conv=True)
+
+
+class MatAdd(nn.Module):
+    """codes @ values with a binary left operand: every output is a masked sum of rows (of signed rows for ±1 codes).
+
+    The reference multiplies for convenience; `ops/matadd` adds.
+    """
+
+    primitive = "add"
+
+    def forward(self, codes: Float[Tensor, "B h M K"], values: Float[Tensor, "B h K N"]) -> Float[Tensor, "B h M N"]:
+        return codes @ values.to(codes.dtype)
+
+
+class MatMul(nn.Module):
+    """The same product for float operands."""
+
+    primitive = "mult"
+
+    def forward(self, left: Float[Tensor, "B h M K"], right: Float[Tensor, "B h K N"]) -> Float[Tensor, "B h M N"]:
+        return left @ right.to(left.dtype)
+
+
+class TokenConv(nn.Module):
+    """A window over neighbouring tokens (raster order), one filter a head: Conv2d(h, h, (k, 1), groups=h) on (B, h, N, d)."""
+
+    def __init__(self, heads: int, window: int):
+        super().__init__()
+        self.window = window
+        self.weight = nn.Parameter(torch.zeros(heads, 1, window, 1))
+
+    def forward(self, v: Float[Tensor, "B h N d"]) -> Float[Tensor, "B h N d"]:
+        return F.conv2d(v, self.weight, padding=(self.window // 2, 0), groups=v.shape[1])
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention over all tokens (MSA): what spatial-reduction attention becomes without its reduction."""
+
+    def __init__(self, qkv: nn.Module, proj: nn.Module, heads: int):
+        super().__init__()
+        self.qkv, self.proj, self.heads = qkv, proj, heads
+
+    def forward(
+        self, x: Float[Tensor, "B N C"], feat_size: Sequence[int] | None = None
+    ) -> Float[Tensor, "B N C"]:
+        q, k, v = split_heads(self.qkv(x), self.heads, 3)
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class AngularAttention(nn.Module):
+    """Linear attention with the angular kernel, float (`add=None`), binary (`BinaryConfig`) or hashed (`HashConfig`).
+
+    `qkv` makes 3·C channels, or 2·C (shared queries and keys, then values) for hashing. `enabled = False` gives softmax attention over
+    the same queries, keys and values. The first `prefix_tokens` tokens are class or distillation tokens, which have no place in the raster.
+    """
+
+    def __init__(
+        self,
+        qkv: nn.Module,
+        proj: nn.Module,
+        heads: int,
+        head_dim: int,
+        add: BinaryConfig | HashConfig | None = None,
+        config: AngularConfig = AngularConfig(),
+        prefix_tokens: int = 0,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.heads, self.head_dim, self.add, self.config, self.prefix_tokens = heads, head_dim, add, config, prefix_tokens
+        self.enabled = True
+        self.qkv, self.proj = qkv, proj
+        self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
+        self.hash = KernelHash(heads, head_dim, add) if isinstance(add, HashConfig) else None
+        self.key_value = MatAdd() if add is not None else MatMul()
+        self.query_context = MatAdd() if add is not None else MatMul()
+        self.token_conv = TokenConv(heads, config.token_conv) if config.token_conv else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N C"],
+        feat_size: Sequence[int] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "B N C"]:
+        if attn_mask is not None or is_causal:
+            raise ValueError("linear attention has no mask: attn_mask must be None and is_causal False")
+        q, k, v = self.queries_keys_values(x)
+        if not self.enabled:
+            return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        output = self.mix(*self.encode(q, k), v)
+        if self.training and self.config.sparse_threshold:
+            output = output + self._sparse(q, k, v).to(output.dtype)
+        return self.proj(merge_heads(output).to(x.dtype))
+
+    def queries_keys_values(self, x: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of (B, h, N, d); with hashing q is k."""
+        if self.hash is not None:
+            qk, v = split_heads(self.qkv(x), self.heads, 2)
+            qk = self.q_norm(qk)
+            return qk, qk, v
+        q, k, v = split_heads(self.qkv(x), self.heads, 3)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def encode(self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"]) -> tuple[Tensor, Tensor]:
+        """Unit-length queries and keys, or their codes."""
+        if self.hash is not None:
+            codes = self.hash(unit(q))
+            return codes, codes
+        q, k = unit(q), unit(k)
+        if self.add is None:
+            return q, k
+        return self._binary(q), self._binary(k)
+
+    def _binary(self, x: Tensor) -> Tensor:
+        threshold = binary_threshold(x, self.add.threshold)
+        return binarize(x, threshold, self.add.codes, self.add.published_window)
+
+    def mix(
+        self, q: Float[Tensor, "B h N r"], k: Float[Tensor, "B h N r"], v: Float[Tensor, "B h N d"]
+    ) -> Float[Tensor, "B h N d"]:
+        """The attention output before the heads are merged."""
+        config = self.config
+        # Sums over thousands of tokens leave the range of half precision.
+        with torch.autocast(v.device.type, enabled=False):
+            q, k, values = q.float(), k.float(), v.float()
+            context = self.key_value(k.transpose(-2, -1), values)
+            if config.context == "mean":
+                context = context / v.shape[-2]
+            output = self.query_context(q, context) / math.pi
+            if config.local == "own":
+                output = output + values / 2
+            elif config.local == "mean":
+                output = output + values.mean(dim=-2, keepdim=True) / 2
+            if config.output_norm == "l2":
+                output = unit(output)
+        output = output.to(v.dtype)
+        return output if self.token_conv is None else output + self._convolve(v)
+
+    def _convolve(self, v: Tensor) -> Tensor:
+        if self.config.prefix_in_conv or self.prefix_tokens == 0:
+            return self.token_conv(v)
+        local = self.token_conv(v[:, :, self.prefix_tokens :])
+        return F.pad(local, (0, 0, self.prefix_tokens, 0))
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attention = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(dim=-1)
+        return torch.where(attention > self.config.sparse_threshold, attention, 0) @ v
+
+
+def unit(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """x / ‖x‖₂ over the last dimension, in float32; a zero vector stays zero with a finite gradient."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-12)
+
+
+def split_heads(x: Float[Tensor, "B N kC"], heads: int, parts: int) -> tuple[Tensor, ...]:
+    """(B, N, parts·C) → `parts` tensors of (B, h, N, d)."""
+    batch, tokens, _ = x.shape
+    return x.reshape(batch, tokens, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merge_heads(x: Float[Tensor, "B h N d"]) -> Float[Tensor, "B N C"]:
+    """(B, h, N, d) → (B, N, h·d)."""
+    return x.transpose(1, 2).flatten(2)
