@@ -46,6 +46,8 @@ class AngularConfig:
     """Window in tokens, in raster order, of the depthwise convolution of v, one filter a head; 0 leaves it out."""
     prefix_in_conv: bool = False
     """Let class and distillation tokens take part in the token convolution, as the published code does."""
+    shared_qk: bool = False
+    """One projection makes queries and keys, as hashing always has it."""
     sparse_threshold: float = 0.0
     """In training add (A ⊙ [A > t]) v with A = softmax(q kᵀ/√d); 0 leaves it out. Published: 0.02."""
 
@@ -115,7 +117,7 @@ class SoftmaxAttention(nn.Module):
 class AngularAttention(nn.Module):
     """Linear attention with the angular kernel, float (`add=None`), binary (`BinaryConfig`) or hashed (`HashConfig`).
 
-    `qkv` makes 3·C channels, or 2·C (shared queries and keys, then values) for hashing. `enabled = False` gives softmax attention over
+    `qkv` makes 3·C channels, or 2·C (shared queries and keys, then values) for hashing and `shared_qk`. `enabled = False` gives softmax attention over
     the same queries, keys and values. The first `prefix_tokens` tokens are class or distillation tokens, which have no place in the raster.
     """
 
@@ -160,7 +162,7 @@ class AngularAttention(nn.Module):
 
     def queries_keys_values(self, x: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of (B, h, N, d); with hashing q is k."""
-        if self.hash is not None:
+        if self.hash is not None or self.config.shared_qk:
             qk, v = split_heads(self.qkv(x), self.heads, 2)
             qk = self.q_norm(qk)
             return qk, qk, v
@@ -205,8 +207,10 @@ class AngularAttention(nn.Module):
     def _convolve(self, v: Tensor) -> Tensor:
         if self.config.prefix_in_conv or self.prefix_tokens == 0:
             return self.token_conv(v)
-        local = self.token_conv(v[:, :, self.prefix_tokens :])
-        return F.pad(local, (0, 0, self.prefix_tokens, 0))
+        # A prefix token has no neighbours in the raster: its window holds only itself.
+        centre = self.token_conv.weight[:, 0, self.token_conv.window // 2]  # (h, 1)
+        prefix = v[:, :, : self.prefix_tokens] * centre.unsqueeze(1).to(v.dtype)
+        return torch.cat([prefix, self.token_conv(v[:, :, self.prefix_tokens :])], dim=2)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attention = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(dim=-1)

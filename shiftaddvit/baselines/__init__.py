@@ -1,0 +1,1 @@
+"""The systems the method is compared with, applied like recipes."""
