@@ -1,0 +1,144 @@
+"""A data set that lives on the GPU as bytes and is augmented there, for data small enough to fit."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64, UInt8
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.mixup import mixup_target
+from torch import Tensor
+
+from shiftaddvit.data import batch_ops
+from shiftaddvit.data.augment import AugmentConfig
+from shiftaddvit.data.draws import draw
+from shiftaddvit.data.order import Shard, evaluation_order, generator, training_order
+from shiftaddvit.errors import UserError
+
+
+class ResidentLoader:
+    """Batches of a uint8 tensor (N, H, W, 3) that stays on `device`.
+
+    Iterating yields `(images, targets)`: images (B, 3, h, w), normalised, channels-last, of `dtype`; targets (B,) int64, or
+    (B, classes) float32 where the augmentation mixes or smooths labels. With `train` the images are shuffled, augmented and the
+    last incomplete batch is dropped; otherwise they come in order, only normalised, all of them.
+
+    What a batch holds depends on (seed, epoch, step, rank) alone, so a run resumed with `set_epoch` and `start_at` equals an
+    uninterrupted one, and a CPU draws what a GPU draws (the noise in erased boxes apart).
+
+    Args:
+        images: uint8 (N, H, W, 3), array or tensor.
+        labels: integers (N,).
+        train: whether to shuffle, augment and drop the incomplete batch.
+        image_size: side or (height, width) of the images produced; None for that of `images`.
+        batch_size: images a batch, for each process.
+        augment: how training images are changed; ignored unless `train`.
+        classes: number of classes; None for the largest label + 1.
+        shard: which process this is; `current_shard()` for the running process group.
+
+    Raises:
+        UserError: images that are not uint8 (N, H, W, 3), labels that do not fit, or fewer images than one batch.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[Tensor | np.ndarray, "N H W 3"],
+        labels: Int64[Tensor | np.ndarray, "N"],
+        *,
+        train: bool,
+        batch_size: int,
+        augment: AugmentConfig = AugmentConfig(),
+        image_size: int | tuple[int, int] | None = None,
+        classes: int | None = None,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        shard: Shard = Shard(),
+    ) -> None:
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(f"images are {images.dtype} {tuple(images.shape)}: must be uint8 (N, H, W, 3)")
+        if labels.shape != images.shape[:1]:
+            raise UserError(f"labels are {tuple(labels.shape)}: must be ({len(images)},), one for each image")
+        if len(images) == 0:
+            raise UserError("images are empty: at least one is needed")
+        if train and batch_size > len(images) // shard.world:
+            raise UserError(f"batch_size={batch_size}: only {len(images) // shard.world} training images for each process")
+        largest = int(labels.max())
+        self.classes = largest + 1 if classes is None else classes
+        if int(labels.min()) < 0 or largest >= self.classes:
+            raise UserError(f"labels run from {int(labels.min())} to {largest}: must be within 0 … {self.classes - 1}")
+        self.device = torch.device(device)
+        self.images = images.to(self.device)
+        self.labels = labels.long().to(self.device)
+        self.train, self.batch_size, self.config = train, batch_size, augment
+        self.size = tuple(images.shape[1:3]) if image_size is None else _pair(image_size)
+        self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
+        self.seed, self.shard = seed, shard
+        self.epoch = self._start = 0
+        # pixels / 255 - mean, over std: one multiplication and one addition
+        self._scale = (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1).to(self.device)
+        self._offset = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(self.device)
+        self._noise = torch.Generator(self.device)
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, wherever the next one starts."""
+        if self.train:
+            return len(self.images) // self.shard.world // self.batch_size
+        return -(-len(self.order()) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and augmentation of the epochs to come."""
+        self.epoch = epoch
+
+    def start_at(self, step: int) -> None:
+        """Let the next iteration begin with batch `step`; later ones begin at 0 again."""
+        if not 0 <= step <= len(self):
+            raise UserError(f"step={step}: this epoch has {len(self)} batches")
+        self._start = step
+
+    def order(self) -> Int64[np.ndarray, "n"]:
+        """Indices of the images in the order this process yields them in the current epoch."""
+        if self.train:
+            return training_order(len(self.images), self.seed, self.epoch, self.shard)
+        return evaluation_order(len(self.images), self.shard)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        start, self._start = self._start, 0
+        order, epoch = batch_ops.to_device(self.order(), self.device), self.epoch
+        for step in range(start, len(self)):
+            index = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self._training_batch(index, epoch, step) if self.train else self._evaluation_batch(index)
+
+    @torch.no_grad()
+    def _evaluation_batch(self, index: Int64[Tensor, "B"]) -> tuple[Tensor, Tensor]:
+        pixels = self.images[index].permute(0, 3, 1, 2).float()
+        if pixels.shape[2:] != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp_(0, 255)
+        return self._finish(torch.addcmul(self._offset, pixels, self._scale)), self.labels[index]
+
+    @torch.no_grad()
+    def _training_batch(self, index: Int64[Tensor, "B"], epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        rng = generator("augment", self.seed, epoch, step, self.shard.rank)
+        config = self.config
+        drawn = draw(rng, len(index), config, tuple(self.images.shape[1:3]), self.size)
+        self._noise.manual_seed(int(rng.integers(2**63)))
+        with torch.autocast(self.device.type, enabled=False):  # colours need float32, also inside a training loop's autocast
+            pixels = batch_ops.augment(self.images[index], drawn, self.size, self.mean, config.interpolation)
+            images = torch.addcmul(self._offset, pixels, self._scale)
+            images = batch_ops.erase(images, drawn.boxes, config.erasing_mode, self._noise)
+            images = batch_ops.mix(images, *drawn.mix)
+        targets = self.labels[index]
+        if config.soft_targets:
+            targets = mixup_target(targets, self.classes, lam=drawn.mix[0], smoothing=config.label_smoothing)
+        return self._finish(images), targets
+
+    def _finish(self, images: Tensor) -> Tensor:
+        return images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
