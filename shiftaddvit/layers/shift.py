@@ -94,12 +94,13 @@ class ShiftLinear(nn.Module):
     def weight(self) -> Float[Tensor, "out in"]:
         """The matrix in use: powers of two, or the latent values when the primitive is switched off."""
         if not self.enabled:
-            return self._dense_weight()
+            return self.dense_weight()
         if self.config.variant == "ps":
             return quantize_ps(self.shift, self.sign, self.config.bits, self.config.rounding, self.offset)
         return quantize_q(self.latent, self.config.bits, self.config.rounding, self.offset, self.config.published_range)
 
-    def _dense_weight(self) -> Float[Tensor, "out in"]:
+    def dense_weight(self) -> Float[Tensor, "out in"]:
+        """The latent values, unquantised: what the layer inherited, or has since learned."""
         if self.config.variant == "q":
             return self.latent
         exponent = self.shift if self.offset is None else self.shift + self.offset

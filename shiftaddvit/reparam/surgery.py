@@ -46,7 +46,7 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
     if hasattr(model, "shiftaddvit_recipe"):
         raise UserError(f"the model is already converted (recipe {model.shiftaddvit_recipe.name!r}); start from the dense model")
     attentions, mlps = find_sites(model)
-    lost = recipe.unmatched([f"{site.name}.{linear}" for site in (*attentions, *mlps) for linear in site.linears])
+    lost = recipe.unmatched(_linear_names(attentions, mlps, recipe))
     if lost:
         raise UserError(f"no attention or MLP matches the override pattern {lost[0]!r}; names look like {attentions[0].name!r}")
     report = Report()
@@ -54,10 +54,18 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
         _check_attention(site, recipe.at(site.name))
     for site in attentions:
         _convert_attention(model, site, recipe, report)
-    for site in mlps:
-        _convert_mlp(model, site, recipe, report)
+    convert_linears(model, recipe, report)
     model.shiftaddvit_recipe, model.shiftaddvit_report = recipe, report
     return model
+
+
+def _linear_names(attentions: list[AttentionSite], mlps: list[MlpSite], recipe: Recipe) -> list[str]:
+    """Names of the linears as they will be called once attention is converted."""
+    names = [f"{site.name}.{linear}" for site in mlps for linear in site.linears]
+    for site in attentions:
+        linears = site.linears if _stays(site, recipe.at(site.name)) else ("qkv", "proj")
+        names += [f"{site.name}.{linear}" for linear in linears]
+    return names
 
 
 def _stays(site: AttentionSite, recipe: Recipe) -> bool:
@@ -77,14 +85,19 @@ def _check_attention(site: AttentionSite, recipe: Recipe) -> None:
 
 def _convert_attention(model: nn.Module, site: AttentionSite, recipe: Recipe, report: Report) -> None:
     here = recipe.at(site.name)
-    linears = site.linears
     if not _stays(site, here):
-        attention = _rebuild(site, here, report)
-        _replace(model, site.name, attention)
-        linears = ("qkv", "proj")
-    for linear in linears:
-        name = f"{site.name}.{linear}"
-        _swap_linear(model, name, recipe.at(name).attn_linear, recipe, report)
+        _replace(model, site.name, _rebuild(site, here, report))
+
+
+def convert_linears(model: nn.Module, recipe: Recipe, report: Report) -> None:
+    """Swap the linears of every attention and MLP as `recipe` says, each starting from the dense weight it has now."""
+    attentions, mlps = find_sites(model)
+    for site in attentions:
+        for linear in site.linears:
+            name = f"{site.name}.{linear}"
+            _swap_linear(model, name, recipe.at(name).attn_linear, recipe, report)
+    for site in mlps:
+        _convert_mlp(model, site, recipe, report)
 
 
 def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:

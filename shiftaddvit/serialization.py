@@ -1,0 +1,166 @@
+"""One safetensors file: weights (latent or packed), recipe, architecture and calibration state."""
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shiftaddvit.errors import UserError
+from shiftaddvit.files import atomic_write
+from shiftaddvit.layers.hashing import KernelHash
+from shiftaddvit.layers.packed import pack
+from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.reparam import Recipe, reparameterize
+from shiftaddvit.reparam.architecture import Architecture, architecture_of, dense_skeleton
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What was written."""
+
+    path: str
+    """The file."""
+    bytes: int
+    """Its size."""
+    dense_bytes: int
+    """Size of the dense model's weights in float32."""
+    packed: bool
+    """Whether shift layers are stored as integer codes."""
+
+    @property
+    def ratio(self) -> float:
+        """File size over the dense float32 weights."""
+        return self.bytes / self.dense_bytes
+
+    def __str__(self) -> str:
+        form = "packed" if self.packed else "latent"
+        return f"{self.path}: {self.bytes / 1e6:.2f} MB {form}, {self.ratio:.3f}× the dense fp32 weights ({self.dense_bytes / 1e6:.2f} MB)"
+
+
+def round_dense(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
+    """Round every float parameter and buffer that is not a shift layer's latent to values that `dtype` holds, in place. The model stays
+    float32; its file is then half as large (`save` stores what fits in half precision there), and its logits those of the file."""
+    latents = {id(p) for module in model.modules() if isinstance(module, ShiftLinear) for p in module.latent_parameters()}
+    hashing = {id(b) for module in model.modules() if isinstance(module, KernelHash) for b in module.buffers()}
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and id(tensor) not in latents | hashing:
+                tensor.copy_(tensor.to(dtype).to(tensor.dtype))
+    return model
+
+
+def save(model: nn.Module, path: str | os.PathLike, *, packed: bool = False, metadata: dict[str, str] | None = None) -> SaveReport:
+    """Write `model` (converted or dense) to one safetensors file, atomically; lossless.
+
+    A float32 tensor whose values all fit float16 exactly is stored as float16 (see `round_dense`). With `packed`, shift layers are
+    stored as 4- or 5-bit codes: the loaded model computes exactly what `model` does, and no longer trains. `metadata` adds strings
+    (class names, a result) that `read_metadata` gives back. Raises UserError for a model whose architecture cannot be named.
+    """
+    architecture = architecture_of(model)
+    recipe = getattr(model, "shiftaddvit_recipe", None)
+    dense = dense_skeleton(architecture)
+    dense_bytes = 4 * sum(p.numel() for p in dense.parameters())
+    packed = packed or getattr(model, "shiftaddvit_packed", False)
+    written = pack(deepcopy(model)) if packed else model
+    _check_rebuilds(written, dense, recipe, packed)
+    header = {
+        "format": FORMAT,
+        "architecture": asdict(architecture),
+        "recipe": recipe.to_dict() if recipe is not None else None,
+        "packed": packed,
+    }
+    tensors = {name: _shrink(tensor.detach().cpu()) for name, tensor in written.state_dict().items()}
+    strings = {"shiftaddvit": json.dumps(header), "format": "pt"} | (metadata or {})
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=strings)
+    return SaveReport(str(path), Path(path).stat().st_size, dense_bytes, packed)
+
+
+def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+    """The model that `save` wrote, in evaluation mode: same logits. UserError for a file that is truncated, of another program or of a
+    newer format, or whose tensors do not fit."""
+    header, tensors = _read(path)
+    architecture = Architecture(**header["architecture"])
+    model = dense_skeleton(architecture)
+    if header["recipe"] is not None:
+        reparameterize(model, Recipe.from_dict(header["recipe"], source=f"the recipe in {path}"))
+    if header["packed"]:
+        pack(model)
+        model.shiftaddvit_packed = True
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)}, must be {tuple(expected[key].shape)}"
+        for key in expected.keys() & tensors.keys()
+        if tensors[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise UserError(f"{path} does not fit its own architecture: " + "; ".join(sorted(problems)[:8]))
+    model.load_state_dict({key: tensor.to(expected[key].dtype) for key, tensor in tensors.items()})
+    model.shiftaddvit_architecture = architecture
+    return model.to(device).eval()
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings stored beside the weights."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def is_saved_model(path: str | os.PathLike) -> bool:
+    """Whether the file was written by `save` (rather than holding bare weights)."""
+    return Path(path).suffix == ".safetensors" and Path(path).is_file() and "shiftaddvit" in read_metadata(path)
+
+
+def _read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    metadata = read_metadata(path)
+    if "shiftaddvit" not in metadata:
+        raise UserError(f"{path} holds weights but no shiftaddvit model; load it into a model with shiftaddvit.load_pretrained")
+    try:
+        header = json.loads(metadata["shiftaddvit"])
+        version = header["format"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{path}: its header is damaged") from None
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}; this version reads format {FORMAT}")
+    with safe_open(str(path), framework="pt") as file:
+        return header, {key: file.get_tensor(key) for key in file.keys()}
+
+
+def _shrink(tensor: Tensor) -> Tensor:
+    """float32 as float16 when that loses nothing, bit for bit."""
+    tensor = tensor.contiguous()
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.to(torch.float16)
+    return half if torch.equal(half.to(torch.float32), tensor) else tensor
+
+
+def _check_rebuilds(model: nn.Module, dense: nn.Module, recipe: Recipe | None, packed: bool) -> None:
+    """The file must lead back to this model: same names and shapes as its architecture and recipe give."""
+    if recipe is not None:
+        reparameterize(dense, recipe)
+    if packed:
+        pack(dense)
+    expected = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if expected != actual:
+        odd = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+        raise UserError(
+            f"the model is not what its architecture says (first difference: {odd[0]}); "
+            "build it with shiftaddvit.create_model(name, args) so that its arguments are known"
+        )

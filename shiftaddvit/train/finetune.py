@@ -1,0 +1,249 @@
+"""Two-stage fine-tuning of a converted model: attention first, then the linears (ShiftAddViT section 5)."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from shiftaddvit.conditions import conditions
+from shiftaddvit.errors import UserError
+from shiftaddvit.evaluate import Evaluation, evaluate
+from shiftaddvit.layers.moe import MoELinear, MoEMlp
+from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
+from shiftaddvit.reparam.stages import converts_attention, converts_linears, to_attention_stage, to_linear_stage
+from shiftaddvit.serialization import save
+
+from .config import FinetuneConfig, StageConfig
+from .latency import measure_expert_latency, set_expert_costs
+from .run_folder import MODEL, RunFolder
+from .stage import Position, StageRun, step_seed, train_stage
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run reached."""
+
+    evaluation: Evaluation | None
+    """The last evaluation; None without a validation loader."""
+    history: list[dict[str, Any]]
+    """One entry an evaluation: stage, epoch, top1, loss."""
+    stages: tuple[StageConfig, ...]
+    """The stages that ran."""
+
+
+def finetune(
+    model: nn.Module,
+    train_loader: Iterable[tuple[Tensor, Tensor]],
+    val_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    config: FinetuneConfig = FinetuneConfig(),
+    *,
+    output: str | os.PathLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    teacher: nn.Module | None = None,
+    show: bool = True,
+) -> FinetuneResult:
+    """Train `model` in place, in the stages of `config`; a dense model trains as it is.
+
+    The first stage trains the converted attention with multiplying linears, the second converts the linears from the weights that
+    stage reached. Hash functions are calibrated on the first batch (with several processes rank 0's are broadcast), and both experts
+    of every mixture are timed on this device for the balance loss. Works under `torchrun`, one process a device.
+
+    Args:
+        train_loader: yields images (B, 3, H, W) and targets (B,) or (B, classes); `set_epoch(e)` and `start_at(step)` make it resumable.
+        output: folder for the log, checkpoints and result; without one nothing is written.
+        resume: go on from the folder's last complete checkpoint.
+        overwrite: replace the run that the folder holds.
+        teacher: the dense model, for `config.distill_weight`.
+
+    Raises:
+        UserError: a folder that holds another run, a full disk.
+        NotFinite: the loss is no number; names the step and layer, and the last good checkpoint is kept.
+        Interrupted: Ctrl-C, after a checkpoint.
+    """
+    accelerator = Accelerator(mixed_precision=config.precision)
+    stages = plan_stages(model, config)
+    if config.distill_weight and teacher is None:
+        raise UserError(f"distill_weight={config.distill_weight} needs a teacher: the dense model before conversion")
+    folder = RunFolder(Path(output), accelerator.is_main_process) if output is not None else None
+    resuming = False
+    if folder is not None:
+        recipe = getattr(model, "shiftaddvit_recipe", None)
+        described = {"config": asdict(config), "recipe": recipe.to_dict() if recipe is not None else None, "model": type(model).__name__}
+        resuming = folder.open(described, resume, overwrite)
+        accelerator.wait_for_everyone()
+    session = _Session(model, val_loader, config, stages, accelerator, folder, teacher, show)
+    session.run(train_loader, folder.load_checkpoint() if resuming else None)
+    return FinetuneResult(session.last, session.history, stages)
+
+
+def plan_stages(model: nn.Module, config: FinetuneConfig) -> tuple[StageConfig, ...]:
+    """The stages that change something for this model; a skipped stage's epochs go to the next one (or the one before)."""
+    if not hasattr(model, "shiftaddvit_recipe"):
+        return tuple(replace(stage, primitives="dense") for stage in config.stages)
+    useful = []
+    carried = 0
+    for stage in config.stages:
+        applies = {"attention": converts_attention(model), "all": converts_linears(model), "dense": True}[stage.primitives]
+        if applies:
+            useful.append(replace(stage, epochs=stage.epochs + carried))
+            carried = 0
+        else:
+            carried += stage.epochs
+    if not useful:
+        return tuple(replace(stage, primitives="all") for stage in config.stages)
+    if carried:
+        useful[-1] = replace(useful[-1], epochs=useful[-1].epochs + carried)
+    return tuple(useful)
+
+
+class _Session:
+    """One run over its stages."""
+
+    def __init__(self, model, val_loader, config, stages, accelerator, folder, teacher, show):
+        self.model, self.val_loader, self.config, self.stages = model, val_loader, config, stages
+        self.accelerator, self.folder, self.teacher = accelerator, folder, teacher
+        self.show = show and accelerator.is_main_process
+        self.history: list[dict[str, Any]] = []
+        self.last: Evaluation | None = None
+        self.board = None
+
+    def run(self, train_loader: Any, checkpoint: dict | None) -> None:
+        position = Position()
+        device = self.accelerator.device
+        self.model.to(device)
+        if self.config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if self.teacher is not None:
+            self.teacher.to(device).eval().requires_grad_(False)
+        if checkpoint is not None:
+            position = Position(**checkpoint["position"])
+            self.history = checkpoint["history"]
+            self._log({"event": "resume", **checkpoint["position"]})
+        else:
+            self._log({"event": "start", "conditions": conditions(device)})
+        for number in range(len(self.stages)):
+            if checkpoint is not None and number > position.stage:
+                checkpoint = None
+            if number < position.stage:
+                self._prepare(number, train_loader, calibrated=True)
+                continue
+            if position.stage != number:
+                position = Position(stage=number)
+            self._prepare(number, train_loader, calibrated=checkpoint is not None)
+            if checkpoint is not None:
+                self.model.load_state_dict(checkpoint["model"])
+            if position.epoch < self.stages[number].epochs:
+                result = train_stage(self._stage_run(number, train_loader), position, checkpoint and checkpoint["state"])
+            else:
+                result = _with_weights(self.model, checkpoint["state"]["ema"])
+            if result is not self.model:
+                self.model.load_state_dict(result.state_dict())
+            checkpoint = None
+        self._finish()
+
+    def _prepare(self, number: int, train_loader: Any, calibrated: bool) -> None:
+        """Give the model the form of a stage."""
+        stage = self.stages[number]
+        # New routers draw from a seed of their own, whatever happened before.
+        torch.manual_seed(step_seed(self.config.seed, Position(stage=number, step=-1)))
+        if stage.primitives == "attention":
+            to_attention_stage(self.model)
+        elif number > 0 and self.stages[number - 1].primitives == "attention":
+            to_linear_stage(self.model)
+        self.model.to(self.accelerator.device)
+        if calibrated:
+            return
+        mixtures = any(isinstance(module, (MoELinear, MoEMlp)) for module in self.model.modules())
+        measure = mixtures and self.config.measure_latency and self.config.balance_weight > 0
+        if needs_calibration(self.model) or measure:
+            images = _first_images(train_loader).to(self.accelerator.device)
+        if needs_calibration(self.model):
+            trained = calibrate(self.model, images[:8], seed=self.config.seed)
+            self._log({"event": "calibrate", "hash_functions": trained})
+        if measure:
+            costs = measure_expert_latency(self.model, images)
+            set_expert_costs(self.model, costs)
+            self._log({"event": "latency", "seconds": costs})
+        if self.accelerator.num_processes > 1:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                torch.distributed.broadcast(tensor.data, src=0)
+
+    def _stage_run(self, number: int, train_loader: Any) -> StageRun:
+        return StageRun(
+            self.model, self.teacher, train_loader, self.config, self.stages[number], self.accelerator,
+            self._log, self._checkpoint, self._evaluate, self.show,
+        )  # fmt: skip
+
+    def _checkpoint(self, position: Position, state: dict) -> None:
+        if self.folder is not None:
+            model = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+            self.folder.save_checkpoint({"position": vars(position).copy(), "model": model, "state": state, "history": self.history})
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, model: nn.Module, position: Position) -> str:
+        stage = self.stages[position.stage]
+        every = self.config.evaluate_every
+        due = position.epoch == stage.epochs or (every and position.epoch % every == 0)
+        if self.val_loader is None or not due:
+            return f"epoch {position.epoch}/{stage.epochs}"
+        self.last = evaluate(model, self.val_loader, device=self.accelerator.device, amp_dtype=self._amp_dtype(), progress=False)
+        entry = {"stage": position.stage, "epoch": position.epoch, "top1": self.last.top1, "loss": self.last.loss}
+        self.history.append(entry)
+        self._log({"event": "evaluate", **entry})
+        return f"epoch {position.epoch}/{stage.epochs}, top-1 {self.last.top1:.2f} %"
+
+    def _amp_dtype(self) -> torch.dtype | None:
+        return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[self.config.precision]
+
+    def _finish(self) -> None:
+        self.model.eval()
+        if self.last is None and self.val_loader is not None:
+            self.last = evaluate(self.model, self.val_loader, device=self.accelerator.device, amp_dtype=self._amp_dtype(), progress=False)
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        save(self.model, self.folder.path / MODEL)
+        outcome = self.last.to_json() if self.last is not None else None
+        self.folder.write_result(
+            {
+                "evaluation": outcome,
+                "history": self.history,
+                "stages": [asdict(stage) for stage in self.stages],
+                "config": asdict(self.config),
+                "conditions": conditions(self.accelerator.device, seed=self.config.seed),
+            }
+        )
+
+    def _log(self, event: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.log(event)
+        if self.config.tensorboard and self.folder is not None and self.accelerator.is_main_process:
+            self._to_board(event)
+
+    def _to_board(self, event: dict[str, Any]) -> None:
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder.path / "tensorboard")
+        if event.get("event") in ("step", "evaluate"):
+            label = self.stages[event["stage"]].label
+            for key in ("loss", "top1", "lr", "images_per_second"):
+                if event.get(key) is not None:
+                    self.board.add_scalar(f"{label}/{event['event']}/{key}", event[key], event["epoch"] * 100_000 + event.get("step", 0))
+
+
+def _first_images(loader: Any) -> Tensor:
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(0)
+    return next(iter(loader))[0]
+
+
+def _with_weights(model: nn.Module, ema: dict | None) -> nn.Module:
+    if ema is not None:
+        model.load_state_dict(ema)
+    return model

@@ -1,0 +1,44 @@
+"""Parameter groups: what may decay, and what has a learning rate of its own."""
+
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.optim import Optimizer
+
+from shiftaddvit.layers.attention import TokenConv
+from shiftaddvit.layers.router import Router
+from shiftaddvit.layers.shift import ShiftLinear
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, lr: float, shift_lr_scale: float) -> list[dict]:
+    """Three groups: matrices (decay) · vectors, routers, token convolutions, embeddings and Q latents (no decay) · PS exponents and
+    signs (no decay, lr × `shift_lr_scale`). Weight decay would pull |W| = 2^s to 1 and signs to 0."""
+    latents, undecayed = set(), set()
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    for module in model.modules():
+        if isinstance(module, ShiftLinear):
+            (latents if module.config.variant == "ps" else undecayed).update(map(id, module.latent_parameters()))
+        elif isinstance(module, (Router, TokenConv)):
+            undecayed.update(map(id, module.parameters()))
+    decay, plain, shifts = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in latents:
+            shifts.append(parameter)
+        elif parameter.ndim <= 1 or id(parameter) in undecayed or name in skip:
+            plain.append(parameter)
+        else:
+            decay.append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay, "lr": lr},
+        {"params": plain, "weight_decay": 0.0, "lr": lr},
+        {"params": shifts, "weight_decay": 0.0, "lr": lr * shift_lr_scale},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, shift_lr_scale: float, fused: bool) -> Optimizer:
+    """timm's optimiser `name` over the groups above; `fused` asks torch's AdamW for its one-kernel step."""
+    groups = parameter_groups(model, weight_decay, lr, shift_lr_scale)
+    options = {"fused": True} if fused and name in ("adam", "adamw") else {}
+    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)

@@ -1,0 +1,91 @@
+"""A run's folder: what it is, its log, its last complete checkpoint, its result."""
+
+import errno
+import json
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shiftaddvit.errors import UserError
+from shiftaddvit.files import atomic_write, write_json
+
+RUN, LOG, CHECKPOINT, RESULT, MODEL = "run.json", "log.jsonl", "checkpoint.pt", "result.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run writes. With several processes only the main one writes."""
+
+    path: Path
+    """The folder."""
+    writes: bool = True
+    """Whether this process writes."""
+
+    def open(self, description: dict[str, Any], resume: bool, overwrite: bool) -> bool:
+        """Start or resume; returns whether there is a checkpoint to go on from. UserError where another run lies and neither was
+        asked for, or where the run to resume was described differently."""
+        known = self.path / RUN
+        if known.exists() and not (resume or overwrite):
+            raise UserError(f"{self.path} already holds a run: resume it (--resume), replace it (--overwrite) or choose another folder")
+        if resume and known.exists():
+            before = json.loads(known.read_text())["description"]
+            changed = sorted(key for key in before.keys() | description.keys() if before.get(key) != _plain(description.get(key)))
+            if changed:
+                raise UserError(f"{self.path} was started with another {', '.join(changed)}: resume with the same, or use --overwrite")
+            return (self.path / CHECKPOINT).exists()
+        if self.writes:
+            for name in (LOG, CHECKPOINT, RESULT, MODEL):
+                (self.path / name).unlink(missing_ok=True)
+            with told_when_full(self.path):
+                write_json(known, {"description": _plain(description)})
+        return False
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Append one line; a line that a kill cut short is skipped by readers."""
+        if self.writes:
+            with told_when_full(self.path), open(self.path / LOG, "a") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        if self.writes:
+            with told_when_full(self.path), atomic_write(self.path / CHECKPOINT) as temporary:
+                torch.save(state, temporary)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        return torch.load(self.path / CHECKPOINT, map_location="cpu", weights_only=True)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        if self.writes:
+            with told_when_full(self.path):
+                write_json(self.path / RESULT, result)
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The events of a run's log, less a line that is not whole."""
+    events = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+@contextmanager
+def told_when_full(path: Path):
+    """Turn 'no space left' into a message that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"out of disk at {path}: the last complete checkpoint is kept; free space and resume") from error
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))

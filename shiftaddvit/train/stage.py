@@ -1,0 +1,254 @@
+"""Training one stage: the loop itself. Every step's randomness depends on (seed, stage, epoch, step, rank) alone, so that a run which
+continues from a checkpoint equals one that was never stopped."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from shiftaddvit.layers.router import record_routing
+from shiftaddvit.losses import balance_loss, classification_loss, distillation_loss
+
+from .config import FinetuneConfig, StageConfig
+from .guard import NotFinite, first_broken_layer
+from .latency import expert_costs
+from .optim import make_optimizer
+from .progress import TrainingProgress
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the step was finished and a checkpoint written."""
+
+
+@dataclass
+class Position:
+    """Where a run is."""
+
+    stage: int = 0
+    """Index of the stage."""
+    epoch: int = 0
+    """Epoch inside the stage."""
+    step: int = 0
+    """Next batch of that epoch."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """All that one stage's loop needs, and the hooks through which it reports."""
+
+    model: nn.Module
+    """The model itself, unwrapped."""
+    teacher: nn.Module | None
+    """The dense model to distil from."""
+    train_loader: Any
+    """Yields (images, targets); has `set_epoch` and `start_at` to resume inside an epoch."""
+    config: FinetuneConfig
+    """The run."""
+    stage: StageConfig
+    """This stage."""
+    accelerator: Accelerator
+    """Devices, precision, processes."""
+    log: Callable[[dict], None]
+    """Takes one event."""
+    checkpoint: Callable[[Position, dict], None]
+    """Writes a checkpoint of (position, optimiser and EMA state)."""
+    evaluate: Callable[[nn.Module, Position], str]
+    """Evaluates at an epoch's end; returns a note for the progress line."""
+    show: bool
+    """Whether to show progress."""
+
+
+def step_seed(seed: int, position: Position, rank: int = 0) -> int:
+    """A seed of its own for every step of every stage and process."""
+    value = seed
+    for part in (position.stage, position.epoch, position.step, rank):
+        value = (value * 1_000_003 + part + 1) % (2**63 - 25)
+    return value
+
+
+def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Module:
+    """Train from `position` to the stage's end; returns the weights that count (the EMA's, where there is one)."""
+    config, stage, accelerator = run.config, run.stage, run.accelerator
+    steps = len(run.train_loader)
+    scale = _total_batch(run) / 512
+    device = accelerator.device
+    optimizer = make_optimizer(
+        run.model, config.optimizer, stage.lr * scale, config.weight_decay, config.shift_lr_scale, device.type == "cuda"
+    )
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=stage.epochs * steps, lr_min=stage.min_lr * scale,
+        warmup_t=int(stage.warmup_epochs * steps), warmup_lr_init=stage.warmup_lr * scale, warmup_prefix=False, t_in_epochs=False,
+    )  # fmt: skip
+    ema = ModelEmaV3(run.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.module.load_state_dict(state["ema"])
+    with record_routing(run.model) as routing:
+        model, optimizer = accelerator.prepare(run.model, optimizer)
+        if state and state.get("scaler") and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        if config.compile:
+            model = torch.compile(model)
+        loop = _Loop(run, model, optimizer, schedule, ema, routing, steps)
+        total, done = stage.epochs * steps, position.epoch * steps + position.step
+        with TrainingProgress(f"stage {position.stage + 1} ({stage.label})", total, done, run.show) as progress, deferred_interrupt() as asked:
+            loop.run(position, progress, asked)
+    accelerator.free_memory()
+    return ema.module if ema is not None else run.model
+
+
+class _Loop:
+    """The state that changes from step to step."""
+
+    def __init__(self, run: StageRun, model: nn.Module, optimizer, schedule, ema, routing: dict, steps: int):
+        self.run_, self.model, self.optimizer, self.schedule, self.ema, self.routing = run, model, optimizer, schedule, ema, routing
+        self.steps = steps
+        self.costs = expert_costs(run.model)
+        self.losses: list[Tensor] = []
+        self.first_loss_step = 0
+        self.images = 0
+        self.since = time.monotonic()
+        self.saved = time.monotonic()
+
+    def run(self, position: Position, progress: TrainingProgress, asked: Callable[[], bool]) -> None:
+        run = self.run_
+        # On a CPU reading the loss costs nothing, so a bad one is caught at its own step.
+        check_every = 1 if run.accelerator.device.type == "cpu" else run.config.log_every
+        while position.epoch < run.stage.epochs:
+            _seek(run.train_loader, position)
+            self.model.train()
+            if position.step == 0:
+                self.log(position, event="epoch")
+            for images, targets in run.train_loader:
+                self.train_step(images, targets, position)
+                position.step += 1
+                progress.step()
+                last = position.step == self.steps
+                if len(self.losses) >= check_every or last:
+                    self.check(images, position, progress, position.step % run.config.log_every == 0 or last)
+                if asked() or (not last and time.monotonic() - self.saved > 60 * run.config.checkpoint_minutes):
+                    self.check(images, position, progress, True)
+                    self.save(position)
+                    if asked():
+                        raise Interrupted
+            position.epoch, position.step = position.epoch + 1, 0
+            progress.epoch(run.evaluate(self.ema.module if self.ema is not None else run.model, position))
+            self.save(position)
+            self.since, self.images = time.monotonic(), 0
+
+    def train_step(self, images: Tensor, targets: Tensor, position: Position) -> None:
+        run, config = self.run_, self.run_.config
+        device = run.accelerator.device
+        update = position.epoch * self.steps + position.step
+        self.schedule.step_update(update)
+        torch.manual_seed(step_seed(config.seed, position, run.accelerator.process_index))
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.routing.clear()
+        output = self.model(images)
+        outputs = output if isinstance(output, tuple) else (output,)
+        loss = sum(classification_loss(logits, targets, config.label_smoothing) for logits in outputs) / len(outputs)
+        if run.teacher is not None and config.distill_weight:
+            with torch.no_grad(), run.accelerator.autocast():
+                taught = run.teacher(images)
+            distilled = sum(distillation_loss(logits, taught, config.distill_temperature) for logits in outputs) / len(outputs)
+            loss = (1 - config.distill_weight) * loss + config.distill_weight * distilled
+        if self.routing and config.balance_weight:
+            loss = loss + config.balance_weight * balance_loss(self.routing, self.costs)
+        run.accelerator.backward(loss)
+        if config.clip_grad is not None:
+            run.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(run.model, step=update)
+        self.losses.append(loss.detach())
+        self.images += len(images) * run.accelerator.num_processes
+
+    def check(self, images: Tensor, position: Position, progress: TrainingProgress, write: bool) -> None:
+        """Look at the losses since the last check; stop at the first that is not finite."""
+        run = self.run_
+        window = torch.stack(self.losses)
+        if run.accelerator.num_processes > 1:
+            window = run.accelerator.reduce(window, reduction="mean")
+        values = window.tolist()
+        self.losses.clear()
+        for back, value in zip(range(len(values), 0, -1), values, strict=True):
+            if not torch.isfinite(torch.tensor(value)):
+                where = first_broken_layer(run.model, images.to(run.accelerator.device))
+                raise NotFinite(
+                    f"the loss is {value} at step {position.step - back} of epoch {position.epoch}, stage {position.stage + 1}: "
+                    f"first at {where}; the last good checkpoint is kept"
+                )
+        mean = sum(values) / len(values)
+        progress.note(f"loss {mean:.3f}")
+        if write:
+            self.log(position, event="step", loss=mean)
+
+    def log(self, position: Position, **event: Any) -> None:
+        seconds = time.monotonic() - self.since
+        rate = self.images / seconds if seconds > 0 and self.images else None
+        place = {"stage": position.stage, "epoch": position.epoch, "step": position.step}
+        self.run_.log({**event, **place, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate})
+
+    def save(self, position: Position) -> None:
+        """A checkpoint, unless a parameter is no longer finite."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.run_.model.parameters()):
+            name = first_broken_layer(self.run_.model, torch.empty(0))
+            raise NotFinite(f"{name} is not finite at epoch {position.epoch}, step {position.step}; the last good checkpoint is kept")
+        scaler = self.run_.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        self.run_.checkpoint(position, state)
+        self.saved = time.monotonic()
+
+
+def _total_batch(run: StageRun) -> int:
+    size = getattr(run.train_loader, "batch_size", None) or next(iter(run.train_loader))[0].shape[0]
+    return size * run.accelerator.num_processes
+
+
+def _seek(loader: Any, position: Position) -> None:
+    if hasattr(loader, "set_epoch"):
+        # Stages must not see the same shuffles again.
+        loader.set_epoch(position.epoch + 10_000 * position.stage)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(position.epoch + 10_000 * position.stage)
+    if position.step:
+        if not hasattr(loader, "start_at"):
+            raise NotImplementedError(f"{type(loader).__name__} cannot resume inside an epoch: it has no start_at(step)")
+        loader.start_at(position.step)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only sets a flag (a second one stops at once)."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def handler(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
