@@ -1,50 +1,92 @@
 """Augmentation of whole batches with plain torch operations: no loop over images, no host synchronisation."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from shiftaddvit.data.draws import LUMA, POINTWISE, Draw
+from shiftaddvit.data.draws import POINTWISE, Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of `Draws`, on the device."""
+
+    theta: Float[Tensor, "B 2 3"] | None
+    """Output coordinates to source coordinates; None where nothing moves."""
+    colour: Float[Tensor, "B 3 7"] | None
+    """[M | P | b] of colour' = M colour + P mean colour + b; None where no colour changes."""
+    pointwise: dict[str, tuple[Int64[Tensor, "R"], Float[Tensor, "R 1 1 1"]]]
+    """For each operation the rows it is applied to and its strengths there."""
+    boxes: Int64[Tensor, "B 4"] | None
+    """Erased boxes; None where nothing is erased."""
+    mix: tuple[float, tuple[int, int, int, int] | None]
+    """Share of the image itself, and cutmix's box or None."""
+    noise: int
+    """Seed of the noise in erased boxes."""
+
+
+def batches(draws: Draws, device: torch.device) -> list[Batch]:
+    """Copy all draws to the device at once, and cut them into batches there."""
+    theta = None if (draws.theta == np.eye(2, 3)).all() else to_device(draws.theta, device)
+    colour = None if (draws.colour == np.eye(3, 7)).all() else to_device(draws.colour, device)
+    boxes = to_device(draws.boxes, device) if draws.boxes.any() else None
+    pointwise: list[dict] = [{} for _ in draws.mix]
+    for name, values in draws.pointwise.items():
+        step, row = np.nonzero(~np.isnan(values))  # in order of steps
+        ends = np.searchsorted(step, np.arange(len(draws.mix) + 1))
+        rows, strengths = to_device(row, device), to_device(values[step, row], device).view(-1, 1, 1, 1)
+        for number, (start, end) in enumerate(zip(ends, ends[1:])):
+            if end > start:
+                pointwise[number][name] = rows[start:end], strengths[start:end]
+    return [
+        Batch(
+            theta=None if theta is None else theta[number],
+            colour=None if colour is None else colour[number],
+            pointwise=pointwise[number],
+            boxes=None if boxes is None else boxes[number],
+            mix=draws.mix[number],
+            noise=draws.noise[number],
+        )
+        for number in range(len(draws.mix))
+    ]
 
 
 def augment(
     images: UInt8[Tensor, "B H W 3"],
-    drawn: Draw,
+    batch: Batch,
     size: tuple[int, int],
-    mean: tuple[float, float, float],
+    fill: Float[Tensor, "1 3 1 1"],
     interpolation: str = "bilinear",
 ) -> Float[Tensor, "B 3 h w"]:
     """Crop, flip, RandAugment: pixels in [0, 255].
 
-    All geometry is one sampling of the source, so a rotated image shows its surroundings rather than a border;
-    only what lies outside the source is filled, with the mean colour. Geometry comes first, then colour; within each group the order is fixed.
+    All geometry is one sampling of the source, so a rotated image shows its surroundings rather than a border; only what lies
+    outside the source is filled, with the colour `fill`. Geometry comes first, then colour; within each the order is fixed.
     """
-    device = images.device
     pixels = images.permute(0, 3, 1, 2).float()
-    if not _is_identity(drawn.theta) or images.shape[1:3] != size:
-        fill = torch.tensor(mean, device=device).mul_(255).view(1, 3, 1, 1)
-        theta = to_device(drawn.theta.astype(np.float32), device)
-        grid = F.affine_grid(theta, [len(images), 3, *size], align_corners=False)
+    if batch.theta is not None:
+        grid = F.affine_grid(batch.theta, [len(images), 3, *size], align_corners=False)
         pixels = F.grid_sample(pixels - fill, grid, mode=interpolation, padding_mode="zeros", align_corners=False)
         pixels = pixels.add_(fill).clamp_(0, 255)
-    if "autocontrast" in drawn.pointwise:
-        pixels = _on_rows(pixels, drawn.pointwise["autocontrast"], autocontrast)
-    pixels = linear_colour(pixels, drawn.colour)
-    for name in POINTWISE[1:]:
-        if name in drawn.pointwise:
-            pixels = _on_rows(pixels, drawn.pointwise[name], OPERATION[name])
+    elif images.shape[1:3] != size:
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 255)
+    for name in POINTWISE:
+        if name == POINTWISE[1] and batch.colour is not None:  # after autocontrast, before what depends on values
+            pixels = linear_colour(pixels, batch.colour)
+        if name in batch.pointwise:
+            rows, strength = batch.pointwise[name]
+            pixels = pixels.index_copy(0, rows, OPERATION[name](pixels.index_select(0, rows), strength))
     return pixels
 
 
-def linear_colour(pixels: Float[Tensor, "B 3 H W"], colour: np.ndarray) -> Float[Tensor, "B 3 H W"]:
-    """colour' = M colour + P mean colour + b for each image, clipped to [0, 255]; `colour` is [M | P | b] (B, 3, 7)."""
-    if (colour == np.eye(3, 7)).all():
-        return pixels
-    matrix, of_mean, bias = to_device(colour.astype(np.float32), pixels.device).split((3, 3, 1), dim=-1)
+def linear_colour(pixels: Float[Tensor, "B 3 H W"], colour: Float[Tensor, "B 3 7"]) -> Float[Tensor, "B 3 H W"]:
+    """colour' = M colour + P mean colour + b for each image, clipped to [0, 255]; `colour` is [M | P | b]."""
+    matrix, of_mean, bias = colour.split((3, 3, 1), dim=-1)
     flat = pixels.flatten(2)
     bias = torch.baddbmm(bias, of_mean, flat.mean(2, keepdim=True))
     return torch.baddbmm(bias, matrix, flat).clamp_(0, 255).view_as(pixels)
@@ -96,12 +138,10 @@ def sharpness(pixels: Float[Tensor, "R 3 H W"], factor: Float[Tensor, "R 1 1 1"]
 
 
 def erase(
-    images: Float[Tensor, "B 3 H W"], boxes: np.ndarray, mode: str, noise: torch.Generator
+    images: Float[Tensor, "B 3 H W"], boxes: Int64[Tensor, "B 4"], mode: str, noise: torch.Generator
 ) -> Float[Tensor, "B 3 H W"]:
     """Fill one box in each normalised image with normal noise (`pixel`) or with the mean (`const`)."""
-    if not boxes.any():
-        return images
-    top, bottom, left, right = to_device(boxes, images.device)[:, :, None, None].unbind(1)  # each (B, 1, 1)
+    top, bottom, left, right = boxes[:, :, None, None].unbind(1)  # each (B, 1, 1)
     row = torch.arange(images.shape[2], device=images.device)[:, None]
     column = torch.arange(images.shape[3], device=images.device)
     inside = ((row >= top) & (row < bottom) & (column >= left) & (column < right)).unsqueeze(1)
@@ -136,15 +176,3 @@ OPERATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sharpness": sharpness,
 }
 
-
-def _on_rows(pixels: Tensor, where: tuple[np.ndarray, np.ndarray], operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    rows, strength = where
-    if not len(rows):
-        return pixels
-    index = to_device(rows, pixels.device)
-    values = to_device(strength.astype(np.float32), pixels.device).view(-1, 1, 1, 1)
-    return pixels.index_copy(0, index, operation(pixels.index_select(0, index), values))
-
-
-def _is_identity(theta: np.ndarray) -> bool:
-    return bool((theta == np.eye(2, 3)).all())

@@ -1,4 +1,4 @@
-"""Random numbers of one augmented batch, drawn on the CPU so that they are the same on every device."""
+"""Random numbers of augmented batches, drawn on the CPU so that they are the same on every device."""
 
 import math
 from dataclasses import dataclass
@@ -15,51 +15,60 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Everything random about one batch of B images, except the noise in erased boxes."""
+class Draws:
+    """Everything random about S batches of B images, except the noise in erased boxes."""
 
     theta: np.ndarray
-    """(B, 2, 3): output coordinates to source coordinates, both in [-1, 1]."""
+    """(S, B, 2, 3) float32: output coordinates to source coordinates, both in [-1, 1]."""
     colour: np.ndarray
-    """(B, 3, 7): colour = [M | P | b] of colour' = M colour + P mean colour + b, in units of 0 to 255."""
-    pointwise: dict[str, tuple[np.ndarray, np.ndarray]]
-    """For each operation the rows it applies to (R,) and its strengths (R,)."""
+    """(S, B, 3, 7) float32: [M | P | b] of colour' = M colour + P mean colour + b, in units of 0 to 255."""
+    pointwise: dict[str, np.ndarray]
+    """For each operation its strengths (S, B) float32, NaN where it is not applied."""
     boxes: np.ndarray
-    """(B, 4): top, bottom, left, right of the erased box, empty where nothing is erased."""
-    mix: tuple[float, tuple[int, int, int, int] | None]
-    """Share of the image itself, and the box (top, bottom, left, right) that cutmix takes from its partner, or None."""
+    """(S, B, 4) int64: top, bottom, left, right of the erased box, empty where nothing is erased."""
+    mix: list[tuple[float, tuple[int, int, int, int] | None]]
+    """For each batch the share of the image itself, and the box (top, bottom, left, right) that cutmix takes, or None."""
+    noise: list[int]
+    """For each batch the seed of the noise in erased boxes."""
 
 
-def draw(rng: np.random.Generator, batch: int, config: AugmentConfig, source: tuple[int, int], size: tuple[int, int]) -> Draw:
-    """Draw one batch: `source` and `size` are (height, width) in pixels of stored and produced images."""
-    theta = _crop(rng, batch, config, source, size)
-    colour = np.tile(np.concatenate([np.eye(3), np.zeros((3, 4))], axis=1), (batch, 1, 1))
-    pointwise: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+def draw(
+    rng: np.random.Generator, steps: int, batch: int, config: AugmentConfig, source: tuple[int, int], size: tuple[int, int]
+) -> Draws:
+    """Draw `steps` batches at once; `source` and `size` are (height, width) in pixels of stored and produced images."""
+    images = steps * batch
+    theta = _crop(rng, images, config, source, size)
+    colour = np.tile(np.eye(3, 7), (images, 1, 1))
+    pointwise: dict[str, np.ndarray] = {}
     if config.color_jitter:
-        factors = rng.uniform(max(0.0, 1 - config.color_jitter), 1 + config.color_jitter, (3, batch))
+        factors = rng.uniform(max(0.0, 1 - config.color_jitter), 1 + config.color_jitter, (3, images))
         for name, factor in zip(("brightness", "contrast", "color"), factors, strict=True):
-            colour = _then_linear(colour, name, factor)
+            colour = then_linear(colour, name, factor)
     if config.rand_augment is not None:
         policy = parse_rand_augment(config.rand_augment)
-        values: dict[str, np.ndarray] = {}
+        pointwise = {name: np.full(images, np.nan) for name in POINTWISE}
         for _ in range(policy.rounds):
-            operation = rng.integers(len(OPERATIONS), size=batch)
-            operation[rng.random(batch) >= policy.probability] = -1
-            level = np.clip(rng.normal(policy.magnitude, policy.deviation, batch), 0, 10) / 10
-            sign = rng.choice([-1.0, 1.0], batch)
+            operation = rng.integers(len(OPERATIONS), size=images)
+            operation[rng.random(images) >= policy.probability] = -1
+            level = np.clip(rng.normal(policy.magnitude, policy.deviation, images), 0, 10) / 10
+            sign = np.where(rng.random(images) < 0.5, -1.0, 1.0)
             for index, name in enumerate(OPERATIONS):
                 rows = np.flatnonzero(operation == index)
                 strength = strengths(name, level[rows], sign[rows], policy)
                 if name in GEOMETRIC:
-                    theta[rows] = _then_affine(theta[rows], name, strength, size)
+                    theta[rows] = then_affine(theta[rows], name, strength, size)
                 elif name in LINEAR:
-                    colour[rows] = _then_linear(colour[rows], name, strength)
+                    colour[rows] = then_linear(colour[rows], name, strength)
                 else:
-                    values.setdefault(name, np.full(batch, np.nan))[rows] = strength
-        pointwise = {
-            name: (np.flatnonzero(~np.isnan(value)), value[~np.isnan(value)]) for name, value in values.items()
-        }
-    return Draw(theta, colour, pointwise, _erased_boxes(rng, batch, config, size), _mix(rng, config, size))
+                    pointwise[name][rows] = strength
+    return Draws(
+        theta=theta.astype(np.float32).reshape(steps, batch, 2, 3),
+        colour=colour.astype(np.float32).reshape(steps, batch, 3, 7),
+        pointwise={name: value.astype(np.float32).reshape(steps, batch) for name, value in pointwise.items()},
+        boxes=_erased_boxes(rng, images, config, size).reshape(steps, batch, 4),
+        mix=[_mix(rng, config, size) for _ in range(steps)],
+        noise=rng.integers(2**63, size=steps).tolist(),
+    )
 
 
 def strengths(name: str, level: np.ndarray, sign: np.ndarray, policy: RandAugment) -> np.ndarray:
@@ -109,15 +118,15 @@ def _crop(rng: np.random.Generator, batch: int, config: AugmentConfig, source: t
     return theta
 
 
-def _then_affine(theta: np.ndarray, name: str, strength: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def then_affine(theta: np.ndarray, name: str, strength: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Put one geometric operation, defined in pixels of the produced image, before the map to the source."""
     step = np.tile(np.eye(3), (len(strength), 1, 1))
     aspect = size[1] / size[0]
     if name == "rotate":
         angle = np.radians(strength)
         step[:, 0, 0] = step[:, 1, 1] = np.cos(angle)
-        step[:, 0, 1] = np.sin(angle) / aspect  # coordinates are shares of the width and of the height
-        step[:, 1, 0] = -np.sin(angle) * aspect
+        step[:, 0, 1] = -np.sin(angle) / aspect  # coordinates are shares of the width and of the height
+        step[:, 1, 0] = np.sin(angle) * aspect
     elif name == "shear_x":
         step[:, 0, 1] = strength / aspect
     elif name == "shear_y":
@@ -127,7 +136,7 @@ def _then_affine(theta: np.ndarray, name: str, strength: np.ndarray, size: tuple
     return theta @ step
 
 
-def _then_linear(colour: np.ndarray, name: str, factor: np.ndarray) -> np.ndarray:
+def then_linear(colour: np.ndarray, name: str, factor: np.ndarray) -> np.ndarray:
     """Apply one linear colour operation after the map `colour` (B, 3, 7) = [M | P | b]."""
     factor = factor[:, None, None]
     if name == "invert":

@@ -1,6 +1,8 @@
 """A data set that lives on the GPU as bytes and is augmented there, for data small enough to fit."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, repeat
 
 import numpy as np
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from shiftaddvit.data import batch_ops
 from shiftaddvit.data.augment import AugmentConfig
-from shiftaddvit.data.draws import draw
+from shiftaddvit.data.draws import Draws, draw
 from shiftaddvit.data.order import Shard, evaluation_order, generator, training_order
 from shiftaddvit.errors import UserError
+
+IMAGES_DRAWN = 8192  # random numbers are drawn for about so many images at once: few large draws are faster than many small
 
 
 class ResidentLoader:
@@ -82,6 +86,7 @@ class ResidentLoader:
         # pixels / 255 - mean, over std: one multiplication and one addition
         self._scale = (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1).to(self.device)
         self._offset = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(self.device)
+        self._fill = (255 * torch.tensor(mean)).view(1, 3, 1, 1).to(self.device)
         self._noise = torch.Generator(self.device)
 
     def __len__(self) -> int:
@@ -108,10 +113,28 @@ class ResidentLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         start, self._start = self._start, 0
-        order, epoch = batch_ops.to_device(self.order(), self.device), self.epoch
-        for step in range(start, len(self)):
+        order = batch_ops.to_device(self.order(), self.device)
+        draws = self._draws(start) if self.train else repeat(None)
+        for step, drawn in zip(range(start, len(self)), draws):
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self._training_batch(index, epoch, step) if self.train else self._evaluation_batch(index)
+            yield self._evaluation_batch(index) if drawn is None else self._training_batch(index, drawn)
+
+    def _draws(self, start: int) -> Iterator[batch_ops.Batch]:
+        """Random numbers for the batches from `start` on, drawn some batches at a time and one such group ahead."""
+        steps = max(1, min(IMAGES_DRAWN // self.batch_size, len(self)))
+        source, epoch = tuple(self.images.shape[1:3]), self.epoch
+
+        def group(number: int) -> Draws:
+            rng = generator("augment", self.seed, epoch, number, self.shard.rank)
+            return draw(rng, steps, self.batch_size, self.config, source, self.size)
+
+        with ThreadPoolExecutor(1) as ahead:
+            first = start // steps
+            coming = ahead.submit(group, first)
+            for number in count(first):
+                drawn = coming.result()
+                coming = ahead.submit(group, number + 1)
+                yield from batch_ops.batches(drawn, self.device)[start - number * steps if number == first else 0 :]
 
     @torch.no_grad()
     def _evaluation_batch(self, index: Int64[Tensor, "B"]) -> tuple[Tensor, Tensor]:
@@ -121,15 +144,14 @@ class ResidentLoader:
         return self._finish(torch.addcmul(self._offset, pixels, self._scale)), self.labels[index]
 
     @torch.no_grad()
-    def _training_batch(self, index: Int64[Tensor, "B"], epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        rng = generator("augment", self.seed, epoch, step, self.shard.rank)
+    def _training_batch(self, index: Int64[Tensor, "B"], drawn: batch_ops.Batch) -> tuple[Tensor, Tensor]:
         config = self.config
-        drawn = draw(rng, len(index), config, tuple(self.images.shape[1:3]), self.size)
-        self._noise.manual_seed(int(rng.integers(2**63)))
         with torch.autocast(self.device.type, enabled=False):  # colours need float32, also inside a training loop's autocast
-            pixels = batch_ops.augment(self.images[index], drawn, self.size, self.mean, config.interpolation)
+            pixels = batch_ops.augment(self.images[index], drawn, self.size, self._fill, config.interpolation)
             images = torch.addcmul(self._offset, pixels, self._scale)
-            images = batch_ops.erase(images, drawn.boxes, config.erasing_mode, self._noise)
+            if drawn.boxes is not None:
+                self._noise.manual_seed(drawn.noise)
+                images = batch_ops.erase(images, drawn.boxes, config.erasing_mode, self._noise)
             images = batch_ops.mix(images, *drawn.mix)
         targets = self.labels[index]
         if config.soft_targets:
