@@ -51,6 +51,8 @@ def test_golden_packed_bytes():
     assert pack(codes4, 4).tolist() == [[0x21, 0x43, 0x65, 0x87, 0x09, 0, 0, 0]]
     codes5 = torch.tensor([[1, 18, 3, 20, 5, 22, 7, 24]], dtype=torch.uint8)
     assert pack(codes5, 5).tolist() == [[0x21, 0x43, 0x65, 0x87, 0b10101010]]
+    twice = torch.cat([codes5, codes5], dim=1)
+    assert pack(twice, 5).tolist() == [[0x21, 0x43, 0x65, 0x87] * 2 + [0b10101010] * 2]
 
 
 @given(st.integers(1, 70), st.integers(1, 5), st.sampled_from([4, 5]), st.integers(0, 2**31))

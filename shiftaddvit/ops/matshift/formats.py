@@ -9,10 +9,9 @@ A code is `sign << (bits − 1) | e`. e = 0 is zero; otherwise the weight is ±2
 
 `offset` is one integer per output channel, (out, 1), or None for zeros. Zero has one code, 0: the encoder never writes a negative zero.
 
-Packed, a row is padded with zero codes to a whole group of 8:
-
-- 4 bits: 2 codes a byte, the even one in the low half; 4 bytes a group.
-- 5 bits: 4 bytes with the exponents e, 2 a byte as above, then 1 byte with the signs, code i in bit i; 5 bytes a group.
+Packed, a row is padded with zero codes to a whole number of groups of 8. First come the low four bits of every code, two a byte with
+the even one in the low half: 4 bytes a group. At 5 bits the row's signs follow, eight a byte with code i in bit i mod 8: 1 byte a group.
+A kernel so reads each part of a row in whole words.
 
 Everything here is integer arithmetic on the bits of floats, hence exact on every device.
 """
@@ -108,14 +107,14 @@ def pack(codes: UInt8[Tensor, "out in"], bits: int) -> UInt8[Tensor, "out bytes"
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise UserError(f"codes must be a uint8 matrix (out, in), got {codes.dtype} {tuple(codes.shape)}")
     groups = -(-codes.shape[1] // GROUP)
-    padded = torch.nn.functional.pad(codes, (0, groups * GROUP - codes.shape[1])).reshape(codes.shape[0], groups, GROUP)
+    padded = torch.nn.functional.pad(codes, (0, groups * GROUP - codes.shape[1]))
     low = padded & 15
-    halves = low[..., 0::2] | low[..., 1::2] << 4
+    halves = low[:, 0::2] | low[:, 1::2] << 4
     if bits == 4:
-        return halves.flatten(1)
-    weights = 1 << torch.arange(GROUP, dtype=torch.uint8, device=codes.device)
-    signs = ((padded >> 4) * weights).sum(-1, keepdim=True, dtype=torch.uint8)
-    return torch.cat([halves, signs], dim=-1).flatten(1)
+        return halves
+    place = 1 << torch.arange(GROUP, dtype=torch.uint8, device=codes.device)
+    signs = ((padded >> 4).reshape(codes.shape[0], groups, GROUP) * place).sum(-1, dtype=torch.uint8)
+    return torch.cat([halves, signs], dim=1)
 
 
 def unpack(packed: UInt8[Tensor, "out bytes"], bits: int, in_features: int) -> UInt8[Tensor, "out in"]:
@@ -126,13 +125,13 @@ def unpack(packed: UInt8[Tensor, "out bytes"], bits: int, in_features: int) -> U
             f"packed must be uint8 (out, {packed_bytes(in_features, bits)}) for {in_features} inputs at {bits} bits, "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
-    grouped = packed.reshape(packed.shape[0], -(-in_features // GROUP), bits)
-    halves = grouped[..., :4]
-    codes = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(2)
+    groups = -(-in_features // GROUP)
+    halves = packed[:, : groups * 4]
+    codes = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1)
     if bits == 5:
         place = torch.arange(GROUP, dtype=torch.uint8, device=packed.device)
-        codes = codes | ((grouped[..., 4:] >> place) & 1) << 4
-    return codes.flatten(1)[:, :in_features].contiguous()
+        codes = codes | (((packed[:, groups * 4 :].unsqueeze(-1) >> place) & 1) << 4).flatten(1)
+    return codes[:, :in_features].contiguous()
 
 
 def _check_bits(bits: int) -> None:
