@@ -1,0 +1,40 @@
+"""What every op's tests share: relative error, and outputs that start as NaN."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+SIZES = (1, 49, 63, 100)
+"""Awkward token counts that an interpreted kernel can still afford; the GPU tests add 197 and 3136."""
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; NaN anywhere in only one of them gives infinity."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.shape != expected.shape or not torch.equal(actual.isfinite(), expected.isfinite()):
+        return float("inf")
+    finite = expected.isfinite()
+    size = expected[finite].norm()
+    return float((actual[finite] - expected[finite]).norm() / size) if size > 0 else float(actual[finite].norm())
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """`torch.empty` returns NaN (or the largest integer), so that an element a kernel forgot shows."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def random_codes(out_features: int, in_features: int, bits: int, seed: int = 0) -> Tensor:
+    """Codes without negative zero, zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8, generator=generator)
+    return torch.where(codes == 2 ** (bits - 1), 0, codes)
