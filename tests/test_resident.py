@@ -9,7 +9,7 @@ from timm.data import auto_augment
 from shiftaddvit.data import batch_ops, resident
 from shiftaddvit.data.augment import AugmentConfig, parse_rand_augment
 from shiftaddvit.data.draws import OPERATIONS, Draws, then_affine, then_linear, draw, strengths
-from shiftaddvit.data.order import Shard, generator, training_order
+from shiftaddvit.data.order import Blocks, Shard, generator, training_order
 from shiftaddvit.data.resident import ResidentLoader
 from shiftaddvit.errors import UserError
 
@@ -174,11 +174,11 @@ def test_ranks_see_disjoint_images_and_together_all_of_them():
 
 
 def test_block_order_visits_each_image_once_and_few_blocks_at_a_time():
-    blocks = np.arange(0, 1000, 10)
-    order = training_order(1000, 0, 0, Shard(), blocks, window=4)
+    blocks = Blocks(np.arange(0, 1000, 10), together=4)
+    order = training_order(1000, 0, 0, Shard(), blocks)
     assert np.array_equal(np.sort(order), np.arange(1000))
     assert len(np.unique(order[:40] // 10)) == 4
-    assert not np.array_equal(order, training_order(1000, 0, 1, Shard(), blocks, window=4))
+    assert not np.array_equal(order, training_order(1000, 0, 1, Shard(), blocks))
 
 
 def test_soft_targets_match_what_was_mixed():

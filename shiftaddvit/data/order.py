@@ -36,26 +36,30 @@ class Shard:
             raise UserError(f"rank={self.rank}: must be at least 0 and below the number of processes, {self.world}")
 
 
-def training_order(
-    images: int, seed: int, epoch: int, shard: Shard, blocks: np.ndarray | None = None, window: int = 8
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Blocks:
+    """Images stored in blocks that are read as a whole, such as Parquet row groups."""
+
+    starts: np.ndarray
+    """First index of each block."""
+    together: int
+    """How many blocks a reader keeps in memory."""
+
+
+def training_order(images: int, seed: int, epoch: int, shard: Shard, blocks: Blocks | None = None) -> np.ndarray:
     """The indices (images // world,) that this process sees in this epoch; every process sees the same number.
 
-    Args:
-        blocks: first indices of the runs of images stored together (Parquet row groups). With it the blocks are shuffled,
-            then the images within each `window` blocks, so that a reader with a small cache reads each block once.
+    With `blocks`, the blocks are shuffled and then the images within each `together` of them, so that each block is read once.
     """
     rng = generator("order", seed, epoch)
     if blocks is None:
         order = rng.permutation(images)
     else:
-        ends = np.append(blocks[1:], images)
-        shuffled = rng.permutation(len(blocks))
-        parts = []
-        for start in range(0, len(shuffled), window):
-            chosen = shuffled[start : start + window]
-            parts.append(rng.permutation(np.concatenate([np.arange(blocks[i], ends[i]) for i in chosen])))
-        order = np.concatenate(parts)
+        ends = np.append(blocks.starts[1:], images)
+        shuffled = rng.permutation(len(blocks.starts))
+        groups = [shuffled[start : start + blocks.together] for start in range(0, len(shuffled), blocks.together)]
+        runs = [np.concatenate([np.arange(blocks.starts[i], ends[i]) for i in group]) for group in groups]
+        order = np.concatenate([rng.permutation(run) for run in runs])
     return order[shard.rank :: shard.world][: images // shard.world]
 
 

@@ -7,7 +7,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from shiftaddvit.data.images import open_rgb
+from shiftaddvit.data.order import Blocks
 from shiftaddvit.errors import UserError
 
 
@@ -23,32 +26,37 @@ def parquet_module():
 class ParquetImages:
     """Random access to the encoded images of Parquet files; decoded images are never kept.
 
-    Row groups are read whole and the latest few are kept encoded, up to `cache_bytes`: `blocks` says where they start, so that
-    a shuffle can stay among few of them where the data exceed the cache.
+    Row groups are read whole and the latest few are kept, encoded, up to `cache_bytes`. Where the data exceed that, `blocks`
+    says where row groups start, so that a shuffle can stay among a few of them at a time.
     """
 
-    def __init__(self, paths: list[Path], *, cache_bytes: int = 1 << 30) -> None:
+    def __init__(self, paths: list[Path], *, cache_bytes: int = 1 << 28) -> None:
         if not paths:
             raise UserError("no Parquet files given")
         pq = parquet_module()
         self.paths, self.cache_bytes = [Path(path) for path in paths], cache_bytes
         self.classes: list[str] | None = None
-        labels, starts, self._groups = [], [], []  # a group is (file, row group in it)
+        labels, starts = [], []
+        self._groups: list[tuple[int, int]] = []  # (file, row group in it)
         stored = rows = 0
-        for number, path in enumerate(self.paths):
+        for which, path in enumerate(self.paths):
             try:
                 file = pq.ParquetFile(path)
             except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
                 raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
             schema = file.schema_arrow
-            if not {"image", "label"} <= set(schema.names) or "image.bytes" not in [c.path for c in map(file.schema.column, range(len(file.schema)))]:
+            columns = {file.schema.column(number).path for number in range(len(file.schema))}
+            if not {"image.bytes", "label"} <= columns:
                 raise UserError(f"{path}: has columns {', '.join(schema.names)}; needs image {{bytes, path}} and label")
-            labels.append(file.read(["label"]).column("label").to_numpy().astype(np.int64))
+            column = file.read(["label"]).column("label")
+            if column.null_count or column.to_numpy().dtype.kind not in "iu":
+                raise UserError(f"{path}: labels are {column.type} with {column.null_count} missing; must be whole numbers, all there")
+            labels.append(column.to_numpy().astype(np.int64))
             for group in range(file.metadata.num_row_groups):
                 starts.append(rows)
                 rows += file.metadata.row_group(group).num_rows
                 stored += file.metadata.row_group(group).total_byte_size
-                self._groups.append((number, group))
+                self._groups.append((which, group))
             self.classes = self.classes or _class_names(schema.metadata or {})
         self.labels = np.concatenate(labels)
         if len(self.labels) == 0:
@@ -56,23 +64,23 @@ class ParquetImages:
         if self.labels.min() < 0:
             raise UserError(f"{self.paths[0].parent}: label {self.labels.min()} means unlabelled, a split with labels is needed")
         self._starts = starts
-        self.blocks = np.array(starts) if stored > cache_bytes else None
+        self.blocks = Blocks(np.array(starts), max(1, cache_bytes * len(starts) // stored)) if stored > cache_bytes else None
         self._files: dict[int, object] = {}
         self._owner = os.getpid()
         self._cache: OrderedDict[int, tuple[object, int]] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def name(self, index: int) -> str:
-        """What a message calls this image."""
+        """File, row and the path the image once had."""
         group, row = self._locate(index)
-        return f"{self.paths[self._groups[group][0]].name} row {index} ({self._group(group).field('path')[row].as_py()})"
+        number, inside = self._groups[group]
+        name = f"{self.paths[number]} row {self._starts[group] - self._starts[group - inside] + row}"
+        path = self._cache[group][0][row].as_py().get("path") if group in self._cache else None
+        return f"{name} ({path})" if path else name
 
-    def encoded(self, index: int) -> bytes:
-        """The bytes of the image file."""
+    def image(self, index: int) -> Image.Image:
+        """The decoded image."""
         group, row = self._locate(index)
-        return self._group(group).field("bytes")[row].as_py() or b""
+        return open_rgb(self._group(group).field("bytes")[row].as_py() or b"")
 
     def _locate(self, index: int) -> tuple[int, int]:
         group = bisect_right(self._starts, index) - 1

@@ -1,8 +1,10 @@
 """A data set that lives on the GPU as bytes and is augmented there, for data small enough to fit."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, repeat
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +16,46 @@ from torch import Tensor
 
 from shiftaddvit.data import batch_ops
 from shiftaddvit.data.augment import AugmentConfig
+from shiftaddvit.data.decode import decode
 from shiftaddvit.data.draws import Draws, draw
-from shiftaddvit.data.order import Shard, evaluation_order, generator, training_order
+from shiftaddvit.data.images import ImageData
+from shiftaddvit.data.order import Shard, current_shard, evaluation_order, generator, training_order
 from shiftaddvit.errors import UserError
 
 IMAGES_DRAWN = 8192  # random numbers are drawn for about so many images at once: few large draws are faster than many small
+
+
+def build_resident_loaders(
+    train: ImageData,
+    val: ImageData,
+    *,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    device: torch.device | str,
+    workers: int | None = None,
+    augment: AugmentConfig = AugmentConfig(),
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+    dtype: torch.dtype = torch.float32,
+    shard: Shard | None = None,
+    seed: int = 0,
+    cache: str | os.PathLike | None = None,
+) -> tuple["ResidentLoader", "ResidentLoader"]:
+    """Decode both splits at `image_size` and keep them on the device; for the arguments see `ResidentLoader` and `decode`.
+
+    Args:
+        cache: folder for the decoded images, so that the next run need not decode; None for none.
+    """
+    shard = current_shard() if shard is None else shard
+    size = _pair(image_size)
+    common = {"batch_size": batch_size, "classes": train.num_classes, "mean": mean, "std": std, "device": device}
+    common |= {"dtype": dtype, "shard": shard, "seed": seed}
+    loaders = []
+    for name, data in (("train", train), ("val", val)):
+        file = None if cache is None else Path(cache) / f"{name}-{size[0]}x{size[1]}.npy"
+        images, labels = decode(data, size, workers=workers, cache=file)
+        loaders.append(ResidentLoader(images, labels, train=name == "train", augment=augment, **common))
+    return loaders[0], loaders[1]
 
 
 class ResidentLoader:
