@@ -11,6 +11,9 @@ from shiftaddvit.errors import UserError
 
 from .cameras import average_pose, check_pose, invert_pose
 
+# Rays are sampled from so much of the smallest near bound to so much of the largest far bound.
+NEAR_MARGIN, FAR_MARGIN = 0.9, 1.6
+
 
 class Camera(NamedTuple):
     """One view to look through."""
@@ -92,7 +95,7 @@ class Scene:
     @property
     def depth_range(self) -> tuple[float, float]:
         """Where rays are sampled: 0.9 of the smallest near bound to 1.6 of the largest far bound."""
-        return 0.9 * self.bounds[:, 0].min().item(), 1.6 * self.bounds[:, 1].max().item()
+        return NEAR_MARGIN * self.bounds[:, 0].min().item(), FAR_MARGIN * self.bounds[:, 1].max().item()
 
     @property
     def unit(self) -> float:
