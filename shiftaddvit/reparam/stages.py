@@ -35,11 +35,12 @@ def converts_linears(model: nn.Module) -> bool:
 def to_attention_stage(model: nn.Module) -> nn.Module:
     """Put every converted linear back to the dense linear it holds: its latent weights, or its first expert. What the shift experts
     learned is lost, so this is the start of a run, not a step back in one."""
-    for name, module in list(model.named_modules()):
-        dense = _dense(module)
+    for name, child in model.named_children():
+        dense = _dense(child)
         if dense is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, dense)
+            setattr(model, name, dense)
+        else:
+            to_attention_stage(child)
     return model
 
 

@@ -179,6 +179,8 @@ class _Loop:
     def check(self, images: Tensor, position: Position, progress: TrainingProgress, write: bool) -> None:
         """Look at the losses since the last check; stop at the first that is not finite."""
         run = self.run_
+        if not self.losses:
+            return
         window = torch.stack(self.losses)
         if run.accelerator.num_processes > 1:
             window = run.accelerator.reduce(window, reduction="mean")

@@ -1,0 +1,140 @@
+"""Tiny-ImageNet-200 at 64×64: pre-train dense models, then fine-tune the rows of the ablation table from their weights.
+
+Expected result and cost: see results/tiny_imagenet/. All data lives on the GPU as bytes. The last 5,000 of the shuffled training images
+("dev") are never trained on: forms and hyper-parameters are chosen there, the 10,000 validation images are for the final table only.
+
+    python benchmarks/tiny_imagenet.py pretrain DATA OUT --arch pvt_v2_b0 --epochs 300
+    python benchmarks/tiny_imagenet.py row DATA OUT --arch pvt_v2_b0 --weights OUT/pvt_v2_b0/model.safetensors --recipe ours-quant-moe
+
+DATA holds the Parquet shards (train-*.parquet, val-*.parquet).
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import shiftaddvit.models  # noqa: F401
+from shiftaddvit.data.augment import AugmentConfig
+from shiftaddvit.data.decode import decode_parquet
+from shiftaddvit.data.resident import ResidentLoader
+from shiftaddvit.reparam import Recipe, recipes, reparameterize
+from shiftaddvit.reparam.architecture import create_model
+from shiftaddvit.serialization import load
+from shiftaddvit.train import FinetuneConfig, StageConfig, finetune, pretraining
+
+CLASSES, SIZE, DEV = 200, 64, 5000
+MODELS = {
+    "pvt_v2_b0": {"num_classes": CLASSES, "drop_path_rate": 0.05},
+    "pvt_v2_b1": {"num_classes": CLASSES, "drop_path_rate": 0.1},
+    "pvt_tiny": {"num_classes": CLASSES, "img_size": SIZE, "drop_path_rate": 0.1},
+    "deit_tiny_patch16_224": {"num_classes": CLASSES, "img_size": SIZE, "patch_size": 8, "drop_path_rate": 0.05},
+}
+PRETRAIN_AUGMENT = AugmentConfig(
+    scale=(0.25, 1.0), rand_augment="rand-m6-mstd0.5-inc1", erasing=0.1, mixup=0.2, cutmix=1.0, mix_probability=0.5, label_smoothing=0.1
+)
+FINETUNE_AUGMENT = replace(PRETRAIN_AUGMENT, scale=(0.35, 1.0))
+
+
+def arrays(data: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """train (95,000), dev (5,000) and val (10,000), decoded once and kept beside the shards."""
+    found = {}
+    for split in ("train", "val"):
+        pixels, labels = data / f"{split}.npy", data / f"{split}_labels.npy"
+        if not labels.exists():
+            images, targets = decode_parquet(sorted(data.glob(f"{split}-*.parquet")), SIZE)
+            np.save(pixels, images)
+            np.save(labels, targets)
+        found[split] = np.load(pixels), np.load(labels)
+    images, targets = found["train"]
+    order = np.random.default_rng(0).permutation(len(images))
+    found["train"] = images[order[:-DEV]], targets[order[:-DEV]]
+    found["dev"] = images[order[-DEV:]], targets[order[-DEV:]]
+    return found
+
+
+def loaders(data: Path, batch: int, seed: int, split: str, augment: AugmentConfig, device: str, dtype: torch.dtype):
+    found = arrays(data)
+    common = {"classes": CLASSES, "device": device, "dtype": dtype}
+    train = ResidentLoader(*found["train"], train=True, batch_size=batch, augment=augment, seed=seed, **common)
+    return train, ResidentLoader(*found[split], train=False, batch_size=1000, **common)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    model = create_model(args.arch, MODELS[args.arch])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train, val = loaders(args.data, args.batch, args.seed, "val", PRETRAIN_AUGMENT, device, torch.float32)
+    config = replace(
+        pretraining(args.epochs, lr=args.lr, seed=args.seed, ema_decay=0.9995),
+        precision="bf16" if device == "cuda" else "no", compile=args.compile, evaluate_every=20, checkpoint_minutes=1.0, log_every=100,
+    )  # fmt: skip
+    output = args.out / args.arch
+    result = finetune(model, train, val, config, output=output, resume=True)
+    print(args.arch, f"{result.evaluation.top1:.2f}", flush=True)
+
+
+def row(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    model = load(args.weights)
+    teacher = load(args.weights) if args.distill else None
+    recipe = changed(recipes[args.recipe], args.set)
+    if args.recipe != "dense":
+        reparameterize(model, recipe)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train, val = loaders(args.data, args.batch, args.seed, args.split, FINETUNE_AUGMENT, device, torch.float32)
+    first, second = args.epochs
+    stages = (StageConfig("attention", first, lr=args.lr), StageConfig("all", second, lr=args.lr2 or args.lr))
+    config = FinetuneConfig(
+        stages=stages, seed=args.seed, precision="bf16" if device == "cuda" else "no", evaluate_every=0, shift_lr_scale=args.shift_lr,
+        distill_weight=args.distill, checkpoint_minutes=60, compile=args.compile,
+    )  # fmt: skip
+    output = args.out / f"{args.arch}-{args.name or args.recipe}-s{args.seed}"
+    result = finetune(model, train, val, config, output=output, overwrite=True, teacher=teacher)
+    print(output.name, args.set, f"{result.evaluation.top1:.2f}", flush=True)
+
+
+def changed(recipe: Recipe, settings: list[str]) -> Recipe:
+    """The recipe with `table.field=value` settings (values as JSON)."""
+    values = recipe.to_dict()
+    for setting in settings:
+        path, _, text = setting.partition("=")
+        table, _, field = path.rpartition(".")
+        (values.setdefault(table, {}) if table else values)[field] = json.loads(text)
+    return Recipe.from_dict(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("pretrain", pretrain), ("row", row)):
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        command.add_argument("data", type=Path)
+        command.add_argument("out", type=Path)
+        command.add_argument("--arch", choices=MODELS, default="pvt_v2_b0")
+        command.add_argument("--batch", type=int, default=1024)
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--lr", type=float, default=1e-3 if name == "pretrain" else 2.5e-4)
+        command.add_argument("--compile", action="store_true")
+        if name == "pretrain":
+            command.add_argument("--epochs", type=int, default=300)
+            continue
+        command.add_argument("--weights", type=Path, required=True)
+        command.add_argument("--recipe", default="ours-quant-moe")
+        command.add_argument("--name", default="")
+        command.add_argument("--set", nargs="*", default=[])
+        command.add_argument("--epochs", type=int, nargs=2, default=(10, 10))
+        command.add_argument("--lr2", type=float, default=None)
+        command.add_argument("--shift-lr", type=float, default=10.0)
+        command.add_argument("--distill", type=float, default=0.0)
+        command.add_argument("--split", choices=("dev", "val"), default="dev")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
