@@ -40,3 +40,68 @@ def store_int8(pointers, value, mask):
     value = tl.minimum(tl.maximum(value, -127.0), 127.0)
     value = value + tl.where(value < 0, -0.5, 0.5)
     tl.store(pointers, value.to(tl.int32).to(tl.int8), mask=mask)
+
+
+@triton.jit
+def normalised_rows(x, inside, width, eps):
+    """(x − mean) / √(var + eps) of every row of a (rows, width padded) float32 tile, zero outside; variance from the differences."""
+    mean = tl.sum(tl.where(inside, x, 0.0), 1) / width
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / width
+    return centred * tl.rsqrt(variance + eps)[:, None]
+
+
+@triton.jit
+def row_statistics(rows, row_inside, width, eps, BM: tl.constexpr, BK: tl.constexpr):
+    """Mean and 1/√(var + eps) of rows too wide for one tile: chunks' means and squared differences, combined exactly (Chan)."""
+    mean = tl.zeros((BM,), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
+    for k in tl.range(0, width, BK, num_stages=1):
+        ks = k + tl.arange(0, BK)
+        inside = row_inside[:, None] & (ks[None, :] < width)
+        x = tl.load(rows + ks[None, :], mask=inside, other=0.0).to(tl.float32)
+        count = tl.minimum(width - k, BK).to(tl.float32)
+        part_mean = tl.sum(x, 1) / count
+        centred = tl.where(inside, x - part_mean[:, None], 0.0)
+        step = part_mean - mean
+        before = k * 1.0
+        squares += tl.sum(centred * centred, 1) + step * step * (before * count / (before + count))
+        mean += step * (count / (before + count))
+    return mean, tl.rsqrt(squares / width + eps)
+
+
+@triton.jit
+def load_columns(matrix, n, k, N, K, BK: tl.constexpr, T: tl.constexpr):
+    """The (BK, len(n)) tile of the transpose of a row-major (N, K) matrix that starts at column k."""
+    ks = k + tl.arange(0, BK)
+    return tl.load(matrix + n[None, :] * K + ks[:, None], mask=(ks[:, None] < K) & (n[None, :] < N), other=0.0).to(T)
+
+
+@triton.jit
+def complete(
+    acc, m, n, second, bias, residual, M, N, EXPERTS: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """A product's tile plus the bias of each row's expert, through the activation, plus the residual."""
+    if HAS_BIAS:
+        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if EXPERTS == 2:
+            shift = tl.where(second[:, None], tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :], shift)
+        acc = acc + shift
+    if GELU:
+        acc = gelu(acc, FAST)
+    if HAS_RESIDUAL:
+        inside = (m[:, None] < M) & (n[None, :] < N)
+        acc = acc + tl.load(residual + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def store_tile(out, acc, m, n, M, N, out_scale, INT8: tl.constexpr):
+    """Store in the dtype of out, or rounded to int8 in units of `out_scale`."""
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    where = out + m[:, None].to(tl.int64) * N + n[None, :]
+    if INT8:
+        store_int8(where, acc / tl.load(out_scale), inside)
+    else:
+        tl.store(where, acc.to(out.dtype.element_ty), mask=inside)

@@ -58,7 +58,7 @@ def fill(tile: Tile, m: int, n: int, device: torch.device, least_n: int = 32) ->
             tile = replace(tile, m=tile.m // 2)
         else:
             break
-    return replace(tile, warps=8 if tile.m * tile.n > 128 * 128 else 4)
+    return replace(tile, warps=8 if tile.m * tile.n >= 128 * 128 else 4)
 
 
 def key(*parts: object) -> str:

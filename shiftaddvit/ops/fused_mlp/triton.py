@@ -1,0 +1,106 @@
+"""Launches of the fused MLP kernels."""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import interpreting
+from ..tiling import Tile, fill, key, next_power, processors, tuned
+from .conv_linear_kernels import conv_linear_kernel
+from .norm_linear_kernels import norm_linear_kernel, wide_norm_linear_kernel
+
+WHOLE_ROWS = 256
+"""Rows up to this wide are normalised once, in registers, and multiplied by every output tile of the program."""
+
+_ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def norm_tile(m: int, n: int, k: int, experts: int, device: torch.device) -> Tile:
+    """For `norm_linear`; `k` ≥ the row where the whole row is kept."""
+    found = tuned(device, key(f"norm_linear{experts}", m, n, k))
+    if found:
+        return found
+    whole = k <= WHOLE_ROWS
+    start = Tile(m=64 if experts == 2 or k > 128 else 128, n=min(128, next_power(n)), k=next_power(k, 16) if whole else 64)
+    tile = fill(start, m, n, device)
+    return Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n * experts >= 128 * 128 else 4, 1 if whole else 3)
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    router: Tensor | None, residual: Tensor | None, out_scale: Tensor | None, activation: str, pdl: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x (M, K), weight (E, N, K), bias (E, N), router (2, K) if E is 2."""
+    (m, k), (experts, n, _) = x.shape, weight.shape
+    out = torch.empty(m, n, dtype=torch.int8 if out_scale is not None else x.dtype, device=x.device)
+    choice = torch.empty(m if experts == 2 else 0, dtype=torch.int8, device=x.device)
+    if out.numel() == 0:
+        return out, choice
+    tile = norm_tile(m, n, k, experts, x.device)
+    flags = dict(
+        NORM=norm_weight is not None, EXPERTS=experts, GELU=activation == "gelu", FAST=_fast(x), HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, HAS_CHOICE=experts == 2, INT8=out_scale is not None, PRECISION=_precision(x), PDL=pdl,
+        BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    tensors = (x, norm_weight, norm_bias, weight, bias, router, residual, out, out_scale, choice, m, n, k, x.stride(0), eps)
+    if pdl:
+        flags["launch_pdl"] = True
+    if k <= tile.k:
+        wanted, rows = -(-n // tile.n), -(-m // tile.m)
+        # Enough programs to fill the device twice; beyond that each keeps its rows for several output tiles.
+        tiles = max(1, min(wanted, rows * wanted // (2 * processors(x.device))))
+        tiles = 1 << (tiles.bit_length() - 1)
+        norm_linear_kernel[(rows * -(-n // (tile.n * tiles)),)](*tensors, TILES=tiles, **flags)
+    else:
+        wide_norm_linear_kernel[(-(-m // tile.m) * -(-n // tile.n),)](*tensors, **flags)
+    return out, choice
+
+
+def conv_tile(m: int, n: int, k: int, experts: int, whole_output: bool, device: torch.device) -> Tile:
+    """For `conv_linear`. Rows are convolved again for every output tile, so one tile covers all outputs where programs suffice."""
+    found = tuned(device, key(f"conv_linear{experts}{'n' if whole_output else ''}", m, n, k))
+    if found:
+        return found
+    widest = next_power(n)
+    start = Tile(m=64, n=widest if whole_output else min(widest, 256), k=64 if k % 64 == 0 else 32)
+    if whole_output:
+        tile = start if widest <= 256 else Tile(32, widest, 32)
+    else:
+        tile = fill(start, m, n, device)
+    few = -(-m // tile.m) * -(-n // tile.n) < 2 * processors(device)
+    # Few programs wait for memory: take more channels at a time and prefetch. Many are bound by instructions.
+    wide = min(128, next_power(k)) if few and tile.m <= 32 else tile.k
+    return Tile(tile.m, tile.n, wide, 8 if tile.m * tile.n * experts >= 64 * 256 else 4, 2 if few and tile.m <= 32 else 1)
+
+
+def conv_linear(
+    h: Tensor, height: int, width: int, conv_weight: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor | None,
+    router: Tensor | None, residual: Tensor | None, h_scale: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, eps: float, half_taps: bool, pdl: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """h (M, K) tokens of pictures of height · width, conv_weight (9, K), weight (E, N, K), bias (E, N), h_scale (K,) for int8 h."""
+    (m, k), (experts, n, _) = h.shape, weight.shape
+    out = torch.empty(m, n, dtype=weight.dtype, device=h.device)
+    choice = torch.empty(m if experts == 2 else 0, dtype=torch.int8, device=h.device)
+    if out.numel() == 0:
+        return out, choice
+    norm = norm_weight is not None
+    tile = conv_tile(m, n, k, experts, norm, h.device)
+    flags = {"launch_pdl": True} if pdl else {}
+    conv_linear_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
+        h, h_scale, conv_weight, conv_bias, weight, bias, router, residual, norm_weight, norm_bias, out, choice,
+        m, n, k, height, width, eps,
+        EXPERTS=experts, FAST=_fast(weight), HALF=half_taps and h.dtype == torch.float16 and not interpreting(),
+        HAS_SCALE=h_scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_CHOICE=experts == 2,
+        NORM=norm, PRECISION=_precision(weight), PDL=pdl, T=_ELEMENT[weight.dtype],
+        BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **flags,
+    )  # fmt: skip
+    return out, choice
+
+
+def _fast(x: Tensor) -> bool:
+    return x.dtype != torch.float32 and not interpreting()
+
+
+def _precision(x: Tensor) -> str:
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"

@@ -1,0 +1,124 @@
+"""Compile the kernels for compute capability 9.0, on any machine, with the very tiles they would be launched with there.
+
+`python tests/ops_compile.py [op …]` prints one JSON line a launch. Run as a program of its own: the interpreter must be off.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as nvidia
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = 232448
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+def record_launches(launch) -> list[tuple]:
+    """Call a host function on meta tensors and return the launches it would make, without making them."""
+    made, run = [], JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: made.append((self, args, kwargs))
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return made
+
+
+def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
+    """Registers, spills, shared memory and matrix instructions of one launch."""
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
+    named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    signature, constants, attrs = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = named[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attrs[(position,)] = [["tt.divisibility", 16]]
+        elif kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attrs[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=TARGET, options=options)
+    return {"kernel": kernel.__name__, "warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared} | inspect_code(
+        compiled.asm["cubin"]
+    )
+
+
+def inspect_code(cubin: bytes) -> dict:
+    tool = Path(nvidia).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return numbers | {
+        "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "wgmma": len(re.findall(r"\b[HIQ]GMMA\b", code)),
+        "mma": len(re.findall(r"\b[HIQ]MMA\b", code)),
+        "wide_loads": len(re.findall(r"LDG\.E\.(?:\w+\.)*128|LDGSTS\.E\.(?:\w+\.)*128", code)),
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code)),
+    }
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def matshift():
+    from shiftaddvit.ops.matshift import triton as kernels
+
+    half = torch.bfloat16
+    for m, k, n in ((3136 * 32, 64, 512), (784, 1024, 128), (49, 256, 1024)):
+        yield f"matshift bf16 {m}x{k}x{n}", lambda m=m, k=k, n=n: kernels.matshift(
+            meta(m, k), meta(n, k), None, meta(n, dtype=torch.float32), 0, "gelu"
+        )
+    single = torch.float32
+    yield "matshift fp32", lambda: kernels.matshift(
+        meta(25088, 512, dtype=single), meta(128, 512, dtype=half), meta(128, dtype=single), None, 0, "none"
+    )
+    for bits in (4, 5):
+        packed = meta(512, 64 // 8 * bits, dtype=torch.uint8)
+        yield f"matshift packed {bits}", lambda b=bits, w=packed: kernels.matshift(
+            meta(3136 * 32, 64), w, meta(512, dtype=single), None, b, "none"
+        )
+    yield "matshift int8", lambda: kernels.matshift_int8(
+        meta(25088, 512, dtype=torch.int8), meta(1, dtype=single), meta(128, 512, dtype=torch.int8), meta(128, dtype=single),
+        meta(128, dtype=single), meta(1, dtype=single), "gelu", torch.int8,
+    )  # fmt: skip
+
+
+OPS = {"matshift": matshift}
+
+
+def main(names: list[str]) -> None:
+    from shiftaddvit.ops import tiling
+
+    tiling.processors = lambda device: 132
+    for op in names or OPS:
+        for label, launch in OPS[op]():
+            for kernel, args, kwargs in record_launches(launch):
+                print(json.dumps({"launch": label} | compile_launch(kernel, args, kwargs)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
