@@ -19,6 +19,9 @@ class Nearest(nn.Module):
     def encode(self, images: Float[Tensor, "V 3 H W"]) -> None:
         return None
 
+    def bytes_per_ray(self, training: bool) -> int:
+        return 64
+
     def forward(self, rays: Rays, sources: Sources) -> RayColors:
         height, width = sources.images.shape[-2:]
         x = rays.pixel[:, 0].round().long().clamp(0, width - 1)
@@ -48,6 +51,9 @@ class Sweep(nn.Module):
         padded = F.pad(images, (border,) * 4, mode="replicate")
         shifts = [(y, x) for step in self.reach for y in (-step, 0, step) for x in (-step, 0, step)]
         return torch.cat([padded[:, :, border + y :, border + x :][:, :, :height, :width] for y, x in shifts], dim=1)
+
+    def bytes_per_ray(self, training: bool) -> int:
+        return self.samples * self.sources * 57 * 12
 
     def forward(self, rays: Rays, sources: Sources) -> RayColors:
         near, far = rays.near / NEAR_MARGIN, rays.far / FAR_MARGIN

@@ -82,6 +82,11 @@ class NeRF(nn.Module):
     def encode(self, images: Float[Tensor, "V 3 H W"]) -> None:
         return None
 
+    def bytes_per_ray(self, training: bool) -> int:
+        """About how much memory one ray takes in float32."""
+        points = 2 * self.config.samples + self.config.fine_samples
+        return points * self.config.width * 4 * (12 if training else 3)
+
     def forward(self, rays: Rays, sources: Sources | None = None) -> RayColors:
         """Colours of the fine and the coarse pass, depth of the fine one."""
         count, device = len(rays.origin), rays.origin.device

@@ -60,6 +60,12 @@ class GNT(nn.Module):
     def encode(self, images: Float[Tensor, "V 3 H W"]) -> Float[Tensor, "V C h w"]:
         return self.feature_net(images)
 
+    def bytes_per_ray(self, training: bool) -> int:
+        """About how much memory one ray takes in float32: each view of each sample holds some ten vectors a block."""
+        blocks = self.config.depth if training else 1
+        seen = 12 * (3 + self.config.feature_channels) + 40 * self.config.width * blocks
+        return self.samples * (self.sources * seen + 80 * self.config.width * blocks)
+
     def forward(self, rays: Rays, sources: Sources) -> RayColors:
         """Colours and depths; the order of the source views does not matter. Samples are jittered in training."""
         depths = sample_depths(len(rays.origin), self.samples, rays.near, rays.far, self.training, rays.origin.device)

@@ -1,0 +1,106 @@
+"""Pictures from a view model: in chunks that fit the device, features of the source views made once."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .memory import Chunk, first_chunk
+from .scene import Camera, Scene, check_sources
+from .sources import Rays, SourceBank, Sources, camera_rays, encode_bank, make_bank
+from .step import precision_context
+
+
+class Picture(NamedTuple):
+    """One rendered view, on the CPU."""
+
+    rgb: Float[Tensor, "H W 3"]
+    """In [0, 1]."""
+    depth: Float[Tensor, "H W"]
+    """Along the optical axis, in the units of the scene file."""
+    seconds: float
+    """From rays to picture; the features of the source views are not counted, they are shared by all pictures."""
+
+
+@dataclass
+class Renderer:
+    """A model, ready to render views of a scene. Make it with `make_renderer`."""
+
+    model: nn.Module
+    scene: Scene
+    bank: SourceBank | None
+    chunk: Chunk
+    precision: str
+    encode_seconds: float
+    """Time the source views' features took, once."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.bank.images.device if self.bank is not None else next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def render(self, camera: Camera) -> Picture:
+        """The view through `camera`. The result does not depend on the chunk size; when memory runs out, the chunk is halved."""
+        start = time.perf_counter()
+        near, far = self.scene.depth_range
+        rays = camera_rays(camera, near, far, self.device)
+        sources = None
+        if self.model.sources:
+            sources = self.bank.select(self.bank.order(camera.pose)[: self.model.sources])
+        with precision_context(self.device, self.precision):
+            rgb, depth = self._all(rays, sources)
+        rgb = rgb.reshape(camera.height, camera.width, 3).clamp(0, 1).cpu()
+        depth = depth.reshape(camera.height, camera.width).cpu() / self.scene.unit
+        return Picture(rgb, depth, time.perf_counter() - start)
+
+    def _all(self, rays: Rays, sources: Sources | None) -> tuple[Tensor, Tensor]:
+        count = len(rays.pixel)
+        rgb = torch.empty(count, 3, device=self.device)
+        depth = torch.empty(count, device=self.device)
+        done = 0
+
+        def work(size: int) -> int:
+            part = rays.chunk(done, size)
+            colors = self.model(part, sources)
+            rgb[done : done + len(part.pixel)] = colors.rgb
+            depth[done : done + len(part.pixel)] = colors.depth
+            return done + len(part.pixel)
+
+        while done < count:
+            done = self.chunk.attempt(work)
+        return rgb, depth
+
+
+def make_renderer(
+    model: nn.Module, scene: Scene, device: torch.device | str = "cpu", precision: str = "fp32", chunk: int | None = None
+) -> Renderer:
+    """Move the model and the scene's training views to the device and compute their features, each once.
+
+    `chunk` is the number of rays at once; by default as many as the device's memory suggests. UserError for too few training views.
+    """
+    model = model.to(device).eval()
+    rays = chunk if chunk is not None else first_chunk(model.bytes_per_ray(False), device)
+    if not model.sources:
+        return Renderer(model, scene, None, Chunk(rays), precision, 0.0)
+    check_sources(scene, model.sources)
+    start = time.perf_counter()
+    with precision_context(device, precision):
+        bank = encode_bank(make_bank(scene, scene.train, device), model)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return Renderer(model, scene, bank, Chunk(rays), precision, time.perf_counter() - start)
+
+
+def render_path(
+    renderer: Renderer, cameras: list[Camera], seen: Callable[[int, Picture], None] = lambda number, picture: None
+) -> list[Picture]:
+    """Every camera of a path in turn; `seen(number, picture)` is called after each (to write files, to move a progress bar)."""
+    pictures = []
+    for number, camera in enumerate(cameras):
+        pictures.append(renderer.render(camera))
+        seen(number, pictures[-1])
+    return pictures

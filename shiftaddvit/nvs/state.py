@@ -1,0 +1,96 @@
+"""A view model as one safetensors file: weights, its shape, its recipe, and what it was trained on."""
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import asdict
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from shiftaddvit.errors import UserError, unknown
+from shiftaddvit.files import atomic_write
+from shiftaddvit.layers.packed import pack
+from shiftaddvit.reparam import Recipe
+from shiftaddvit.serialization import read_metadata
+
+from .convert import reparameterize_gnt
+from .floors import Nearest, Sweep
+from .gnt import GNT, GNTConfig
+from .nerf import NeRF, NeRFConfig
+
+FORMAT = 1
+HEADER = "shiftaddvit.nvs"
+
+
+def kind_of(model: nn.Module) -> str:
+    """`gnt`, `nerf`, `sweep` or `nearest`."""
+    for kind, cls in (("gnt", GNT), ("nerf", NeRF), ("sweep", Sweep), ("nearest", Nearest)):
+        if isinstance(model, cls):
+            return kind
+    raise UserError(f"{type(model).__name__} is not a view model; allowed: GNT, NeRF")
+
+
+def save_model(model: GNT | NeRF, path: str | os.PathLike, trained: dict[str, object] | None = None, packed: bool = False) -> None:
+    """Write weights, configuration and recipe, atomically. `packed` stores shift layers as integer codes: the same function, no longer
+    trainable. `trained` is kept as plain JSON: which scene, at which width, how long."""
+    recipe = getattr(model, "shiftaddvit_recipe", None)
+    packed = packed or getattr(model, "shiftaddvit_packed", False)
+    header = {
+        "format": FORMAT,
+        "kind": kind_of(model),
+        "config": asdict(model.config),
+        "recipe": recipe.to_dict() if recipe is not None else None,
+        "packed": packed,
+        "trained": trained or {},
+    }
+    written = pack(deepcopy(model)) if packed else model
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.state_dict().items()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={HEADER: json.dumps(header), "format": "pt"})
+
+
+def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> GNT | NeRF:
+    """The model that `save_model` wrote, in evaluation mode; `model.trained` says on what it was trained."""
+    header = read_header(path)
+    config = header["config"]
+    model = GNT(GNTConfig(**config)) if header["kind"] == "gnt" else NeRF(NeRFConfig(**config))
+    if header["recipe"] is not None:
+        reparameterize_gnt(model, Recipe.from_dict(header["recipe"], source=f"the recipe in {path}"))
+    if header["packed"]:
+        pack(model)
+        model.shiftaddvit_packed = True
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    load_weights(model, tensors, str(path))
+    model.trained = header["trained"]
+    return model.to(device).eval()
+
+
+def read_header(path: str | os.PathLike) -> dict:
+    """What the file says of its model."""
+    text = read_metadata(path).get(HEADER)
+    if text is None:
+        raise UserError(f"{path} holds no view model; allowed: a file written by 'nvs train', or a published GNT .pth")
+    header = json.loads(text)
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path} has format {header.get('format')}; this version reads format {FORMAT}")
+    if header.get("kind") not in ("gnt", "nerf"):
+        raise unknown(f"kind of model in {path}", str(header.get("kind")), ("gnt", "nerf"))
+    return header
+
+
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Load strictly; UserError naming the first tensors that are missing, too many, or of another shape."""
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in sorted(expected.keys() - tensors.keys())]
+    problems += [f"unexpected {key}" for key in sorted(tensors.keys() - expected.keys())]
+    for key in sorted(expected.keys() & tensors.keys()):
+        if expected[key].shape != tensors[key].shape:
+            problems.append(f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(expected[key].shape)}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{source} does not fit the model: {'; '.join(problems[:4])}{more}")
+    model.load_state_dict(tensors)

@@ -1,0 +1,260 @@
+"""Training a view model: on one scene, across scenes, or on after conversion. A kill at any moment costs minutes at most."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from shiftaddvit.conditions import conditions
+from shiftaddvit.errors import UserError
+from shiftaddvit.train.guard import NotFinite
+from shiftaddvit.train.optim import parameter_groups
+from shiftaddvit.train.progress import TrainingProgress
+from shiftaddvit.train.run_folder import CHECKPOINT, MODEL, RunFolder
+
+from .batch import TrainingScene, draw_batch, step_seed
+from .check import HeldOut
+from .gnt import GNT
+from .memory import Chunk, first_chunk
+from .scene import Scene, check_sources
+from .state import kind_of, save_model
+from .step import add_gradients
+
+
+@dataclass(frozen=True)
+class NvsTrainConfig:
+    """How a view model trains. The defaults suit a single scene; `NvsTrainConfig.published()` is GNT's recipe."""
+
+    steps: int = 20_000
+    """Optimisation steps, one target view each."""
+    minutes: float | None = None
+    """Stop after so long if the steps take longer; the learning rate then follows the clock."""
+    rays: int = 2048
+    """Pixels of the target view in a step."""
+    lr: float = 5e-4
+    """Of everything but the feature net."""
+    lr_features: float = 1e-3
+    """Of the feature net."""
+    schedule: Literal["cosine", "halving"] = "cosine"
+    """`cosine` to 2 % of the learning rate at the end; `halving` every 50,000 steps, as published."""
+    warmup_steps: int = 200
+    """Linear warm-up."""
+    shift_lr_scale: float = 10.0
+    """Learning rate of shift exponents and signs relative to `lr`: they live in log2 units."""
+    balance_weight: float = 0.01
+    """λ of the latency-aware balance loss, for models with mixtures."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 leaves it."""
+    source_jitter: int = 2
+    """The number of source views varies by so many from step to step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products in bfloat16; geometry, encodings, softmax and norms in float32."""
+    compile: bool = False
+    """torch.compile the transformer and the feature net."""
+    seed: int = 0
+    """Of everything random: a resumed run equals one that never stopped, on the same CPU."""
+    check_every: int = 1000
+    """Steps between looks at the loss and at held-out pixels."""
+    checkpoint_minutes: float = 2.0
+    """Longest time between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "rays", "check_every"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} = {getattr(self, field)}; allowed: 1 and more")
+        for field in ("lr", "lr_features", "shift_lr_scale"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"{field} = {getattr(self, field)}; allowed: a positive number")
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError(f"minutes = {self.minutes}; allowed: a positive number")
+        if self.schedule not in ("cosine", "halving"):
+            raise UserError(f"schedule = {self.schedule!r}; allowed: 'cosine', 'halving'")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision = {self.precision!r}; allowed: 'fp32', 'bf16'")
+
+    @classmethod
+    def published(cls, steps: int = 250_000) -> "NvsTrainConfig":
+        """GNT's own: Adam at 5e-4 and 1e-3, halved every 50,000 steps; no clipping, no warm-up. Fine-tuning takes 60,000 steps."""
+        return cls(steps=steps, rays=4096, schedule="halving", warmup_steps=0, clip_grad=0.0)
+
+    def lr_factor(self, step: int, progress: float) -> float:
+        """Of the learning rate; `progress` from 0 to 1 by steps or by the clock, whichever is further."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "halving":
+            return warm * 0.5 ** (step / 50_000)
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended."""
+
+    steps: int
+    """Steps done."""
+    seconds: float
+    """Time spent in steps, over all resumptions."""
+    train_psnr: float
+    """On the training batches since the last look, dB."""
+    held_out_psnr: float | None
+    """On fixed pixels of held-out views, dB; None without held-out views."""
+
+
+def train(
+    model: nn.Module,
+    scenes: Sequence[Scene],
+    folder: str | Path,
+    config: NvsTrainConfig = NvsTrainConfig(),
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    show: bool = True,
+) -> TrainResult:
+    """Train `model` (GNT, converted or not, or NeRF) on the training views of `scenes`; writes `model.safetensors`, `log.jsonl` and
+    `result.json` into `folder`.
+
+    UserError before anything is written for scenes with too few views, or a folder that holds another run; `NotFinite` when the loss is
+    no longer a number, after which `model.safetensors` is the last good state.
+    """
+    for scene in scenes:
+        check_sources(scene, max(1, model.sources))
+    if model.sources == 0 and len(scenes) != 1:
+        raise UserError(f"NeRF knows one scene; {len(scenes)} were given")
+    run = RunFolder(Path(folder))
+    description = {"model": kind_of(model), "shape": asdict(model.config), "recipe": _recipe(model), "train": asdict(config)}
+    description["scenes"] = [{"name": scene.name, "views": len(scene), "width": scene.width} for scene in scenes]
+    going_on = run.open(description, resume, overwrite)
+    return _Training(model.to(device).train(), [TrainingScene.of(scene, device) for scene in scenes], run, config, device).run(
+        going_on, show
+    )
+
+
+def _recipe(model: nn.Module) -> dict | None:
+    recipe = getattr(model, "shiftaddvit_recipe", None)
+    return None if recipe is None else recipe.to_dict()
+
+
+class _Training:
+    """The state of a run: parameters, optimiser, step, seconds."""
+
+    def __init__(
+        self, model: nn.Module, scenes: list[TrainingScene], run: RunFolder, config: NvsTrainConfig, device: torch.device | str
+    ):
+        self.model, self.scenes, self.folder, self.config, self.device = model, scenes, run, config, device
+        self.optimizer = torch.optim.Adam(_groups(model, config), lr=config.lr, fused=torch.device(device).type == "cuda")
+        self.base = [group["lr"] for group in self.optimizer.param_groups]
+        self.chunk = Chunk(min(config.rays, first_chunk(model.bytes_per_ray(True), device)))
+        self.held_out = HeldOut.of(scenes[0].scene, device)
+        self.step, self.seconds = 0, 0.0
+        if config.compile:
+            for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
+                part.compile()
+
+    def run(self, going_on: bool, show: bool) -> TrainResult:
+        if going_on:
+            self._restore()
+        total = self.config.steps if self.config.minutes is None else math.ceil(60 * self.config.minutes)
+        with TrainingProgress("train", total, self._done(), show) as progress:
+            result = self._loop(progress)
+        self.folder.write_result(asdict(result) | {"conditions": conditions(self.device, seed=self.config.seed)})
+        return result
+
+    def _loop(self, progress: TrainingProgress) -> TrainResult:
+        saved, since, errors = time.monotonic(), 0, torch.zeros((), device=self.device)
+        result = TrainResult(self.step, self.seconds, math.nan, None)
+        while not self._finished():
+            start = time.monotonic()
+            errors += self._one_step()
+            since += 1
+            due = self.step % self.config.check_every == 0 or self._finished()
+            if due:
+                result = self._look(errors.item() / since)
+                errors, since = torch.zeros((), device=self.device), 0
+            self.seconds += time.monotonic() - start
+            while progress.done < min(self._done(), progress.total):
+                progress.step()
+            if due:
+                progress.epoch(f"step {self.step}, train {result.train_psnr:.2f} dB, held out {_db(result.held_out_psnr)}")
+            if self._finished() or time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                self._save(errors)
+                saved = time.monotonic()
+        return result
+
+    def _one_step(self) -> torch.Tensor:
+        config = self.config
+        factor = config.lr_factor(self.step, self._progress())
+        for group, lr in zip(self.optimizer.param_groups, self.base, strict=True):
+            group["lr"] = lr * factor
+        batch = draw_batch(self.scenes, self.step, config.seed, config.rays, self.model.sources, config.source_jitter)
+        seed = step_seed(config.seed, self.step)
+
+        def work(rays: int) -> torch.Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            return add_gradients(self.model, batch, seed, config.precision, config.balance_weight, rays)
+
+        error = self.chunk.attempt(work)
+        if config.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.step += 1
+        return error
+
+    def _look(self, error: float) -> TrainResult:
+        if not math.isfinite(error):
+            self._stop(f"the loss is {error}")
+        held_out = self.held_out.psnr(self.model, self.scenes[0].bank, self.config.precision) if self.held_out else None
+        result = TrainResult(self.step, self.seconds, -10 * math.log10(max(error, 1e-12)), held_out)
+        self.folder.log(asdict(result) | {"rays_at_once": self.chunk.rays})
+        return result
+
+    def _stop(self, why: str) -> None:
+        good = self.folder.path / MODEL
+        kept = f"the last good state is {good}" if good.exists() else "no checkpoint had been written yet"
+        raise NotFinite(f"training stopped at step {self.step}: {why}; {kept}. Resume with a lower learning rate or precision fp32")
+
+    def _save(self, errors: torch.Tensor) -> None:
+        """Never over a good checkpoint with a bad one."""
+        if not torch.isfinite(errors):
+            self._stop("the loss is not a number")
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                self._stop(f"parameter {name} is not finite")
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
+        self.folder.save_checkpoint(state)
+        scene = self.scenes[0].scene
+        trained = {"scenes": [one.scene.name for one in self.scenes], "width": scene.width, "steps": self.step, "seconds": self.seconds}
+        save_model(self.model, self.folder.path / MODEL, trained)
+
+    def _restore(self) -> None:
+        state = self.folder.load_checkpoint()
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{self.folder.path / CHECKPOINT} does not fit this model: {str(error).splitlines()[0]}") from None
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _progress(self) -> float:
+        by_clock = 0.0 if self.config.minutes is None else self.seconds / (60 * self.config.minutes)
+        return max(self.step / self.config.steps, by_clock)
+
+    def _finished(self) -> bool:
+        return self._progress() >= 1
+
+    def _done(self) -> int:
+        return self.step if self.config.minutes is None else int(self.seconds)
+
+
+def _groups(model: nn.Module, config: NvsTrainConfig) -> list[dict]:
+    if not isinstance(model, GNT):
+        return parameter_groups(model, 0.0, config.lr, config.shift_lr_scale)
+    body = parameter_groups(model.net_coarse, 0.0, config.lr, config.shift_lr_scale)
+    return body + parameter_groups(model.feature_net, 0.0, config.lr_features, config.shift_lr_scale)
+
+
+def _db(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f} dB"
