@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from shiftaddvit.data import batch_ops
 from shiftaddvit.data.augment import AugmentConfig
 from shiftaddvit.data.decode import decode, decode_parquet
 from shiftaddvit.data.images import ImageData, Unreadable
-from shiftaddvit.data.loaders import NOT_READ, ImageLoader, build_loaders
+from shiftaddvit.data.loaders import NOT_READ, ImageLoader, build_loaders, training_transform
 from shiftaddvit.data.order import Shard
 from shiftaddvit.data.parquet import ParquetImages
 from shiftaddvit.data.resident import build_resident_loaders
@@ -293,7 +294,7 @@ def test_resumed_epoch_equals_uninterrupted_one_and_decodes_only_what_is_left(tm
         loader.set_epoch(3)
     expected = list(whole)
     for index in resumed.order()[:8]:
-        Path(resumed.data.store.name(index)).unlink()  # would be an error if it were decoded
+        Path(resumed.data.store.name(int(index))).unlink()  # would be an error if it were decoded
     resumed.start_at(2)
     assert_same(expected[2:], list(resumed))
     assert len(whole) == len(resumed) == 3 and not resumed.unreadable
@@ -325,6 +326,15 @@ def test_every_crop_gives_the_size_asked_for(tmp_path, crop):
     augment = AugmentConfig(crop=crop, mixup=0, cutmix=0, label_smoothing=0)
     images, targets = next(iter(full_loader(tmp_path, augment=augment)))
     assert images.shape == (4, 3, 16, 16) and targets.dtype == torch.int64
+
+
+def test_strongest_posterize_is_black_in_both_pipelines(tmp_path):
+    transform = training_transform((20, 20), AugmentConfig(rand_augment="rand-m10-n1-p1-inc1", erasing=0), (0, 0, 0), (1, 1, 1))
+    policy = next(step for stage in transform.transforms for step in getattr(stage, "transforms", ()) if hasattr(step, "ops"))
+    operation = next(op for op in policy.ops if op.name == "PosterizeIncreasing")
+    assert not np.asarray(operation(picture(3))).any()
+    pixels = torch.rand(1, 3, 4, 4) * 255
+    assert not batch_ops.posterize(pixels, torch.zeros(1, 1, 1, 1)).any()
 
 
 def test_evaluation_sees_whole_images_in_order(tmp_path):
@@ -368,3 +378,5 @@ def test_resident_loaders_from_data(tmp_path):
     assert next(iter(train))[1].shape == (4, 3)
     assert torch.cat([t for _, t in val]).tolist() == data.labels.tolist()
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["train-16x16.npy", "val-16x16.npy"]
+    with pytest.raises(UserError, match="24 images of 9999999×16 are too many"):
+        build_resident_loaders(data, data, image_size=(9999999, 16), batch_size=4, device="cpu")

@@ -34,7 +34,7 @@ class RandAugment:
     magnitude: float
     """Strength on a scale of 0 to 10."""
     deviation: float
-    """Standard deviation of the strength, drawn for each operation."""
+    """Standard deviation of the strength, drawn for each operation; above 100 it is uniform from 0 to `magnitude`."""
     rounds: int
     """Operations drawn for each image."""
     probability: float

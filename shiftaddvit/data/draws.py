@@ -50,7 +50,10 @@ def draw(
         for _ in range(policy.rounds):
             operation = rng.integers(len(OPERATIONS), size=images)
             operation[rng.random(images) >= policy.probability] = -1
-            level = np.clip(rng.normal(policy.magnitude, policy.deviation, images), 0, 10) / 10
+            if policy.deviation > 100:
+                level = rng.uniform(0, policy.magnitude, images) / 10
+            else:
+                level = np.clip(rng.normal(policy.magnitude, policy.deviation, images), 0, 10) / 10
             sign = np.where(rng.random(images) < 0.5, -1.0, 1.0)
             for index, name in enumerate(OPERATIONS):
                 rows = np.flatnonzero(operation == index)

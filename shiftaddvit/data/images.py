@@ -4,7 +4,7 @@ import io
 import zlib
 from pathlib import Path
 from struct import error as StructError
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,7 @@ class Unreadable(UserError):
     """An image that cannot be decoded."""
 
 
+@runtime_checkable
 class ImageStore(Protocol):
     """Labelled images at random access, decoded when asked for and never kept."""
 

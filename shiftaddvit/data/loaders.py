@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from jaxtyping import Int64
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import RandAugment as TimmRandAugment
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torch import Tensor
@@ -69,6 +70,14 @@ def random_state(seed: int) -> Iterator[None]:
         torch.random.set_rng_state(before[2])
 
 
+def posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
+    """Keep the `bits` leading bits. timm's strongest level asks for none at all, which Pillow has come to refuse.
+
+    `options` (fill colour, resampling) is what timm hands to every operation; none of it matters here.
+    """
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
 def training_transform(
     size: tuple[int, int], augment: AugmentConfig, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Compose:
@@ -88,6 +97,10 @@ def training_transform(
         re_prob=augment.erasing,
         re_mode=augment.erasing_mode,
     )
+    for step in policy.transforms:
+        for operation in step.ops if isinstance(step, TimmRandAugment) else ():
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
     if augment.crop != "resized":
         fill = tuple(round(255 * value) for value in mean)
         shift = [RandomCrop(size, padding=augment.pad, fill=fill)] if augment.crop == "pad" else []

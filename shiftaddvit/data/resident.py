@@ -25,6 +25,20 @@ from shiftaddvit.errors import UserError
 IMAGES_DRAWN = 8192  # random numbers are drawn for about so many images at once: few large draws are faster than many small
 
 
+def free_bytes(device: torch.device | str) -> int:
+    """Memory that is free on a GPU, or installed for the CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fits(images: int, image_size: int | tuple[int, int], device: torch.device | str) -> bool:
+    """Whether so many decoded images leave two thirds of the device's free memory to the model."""
+    height, width = _pair(image_size)
+    return 3 * images * height * width * 3 <= free_bytes(device)
+
+
 def build_resident_loaders(
     train: ImageData,
     val: ImageData,
@@ -45,9 +59,17 @@ def build_resident_loaders(
 
     Args:
         cache: folder for the decoded images, so that the next run need not decode; None for none.
+
+    Raises:
+        UserError: the decoded images would fill the device; `fits` tells beforehand.
     """
     shard = current_shard() if shard is None else shard
     size = _pair(image_size)
+    if not fits(len(train) + len(val), size, device):
+        raise UserError(
+            f"{len(train) + len(val)} images of {size[0]}×{size[1]} are too many to keep on {device}, "
+            f"{free_bytes(device) / 2**30:.1f} GiB free: use build_loaders"
+        )
     common = {"batch_size": batch_size, "classes": train.num_classes, "mean": mean, "std": std, "device": device}
     common |= {"dtype": dtype, "shard": shard, "seed": seed}
     loaders = []
@@ -196,7 +218,7 @@ class ResidentLoader:
         return self._finish(images), targets
 
     def _finish(self, images: Tensor) -> Tensor:
-        return images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return images.to(self.dtype, memory_format=torch.channels_last)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

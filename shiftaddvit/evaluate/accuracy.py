@@ -51,7 +51,7 @@ def evaluate(
     model.eval().to(device)
     start = time.perf_counter()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+        with torch.no_grad(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             for images, labels in _tracked(loader, progress):
                 images = images.to(device, parameter.dtype if amp_dtype is None else images.dtype, non_blocking=True)
                 parts.append(_judge(model(images), labels.to(device, non_blocking=True)))
