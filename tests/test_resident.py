@@ -1,5 +1,7 @@
 """The device-resident loader: its operations are Pillow's, its batches depend on seed, epoch, step and rank alone."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -216,6 +218,32 @@ def test_evaluation_yields_every_image_in_order():
     assert len(batches) == len(one) == 7
     assert batches[0][0].shape == (8, 3, 10, 12)
     assert torch.equal(torch.cat([t for _, t in batches]), torch.arange(50) % 10)
+
+
+@pytest.mark.gpu
+def test_gpu_draws_what_the_cpu_draws():
+    config = AugmentConfig(erasing_mode="const")
+    on_cpu, on_gpu = (loader(augment=config, device=device) for device in ("cpu", "cuda"))
+    for (a, s), (b, t) in zip(on_cpu, on_gpu, strict=True):
+        assert (a - b.cpu()).abs().mean() < 0.01, "a few pixels may fall to the other side of a threshold"
+        torch.testing.assert_close(s, t.cpu())
+
+
+@pytest.mark.gpu
+def test_gpu_sustains_a_hundred_thousand_images_a_second():
+    images = torch.randint(256, (50_000, 64, 64, 3), dtype=torch.uint8)
+    one = ResidentLoader(images, torch.arange(50_000) % 200, train=True, batch_size=1024, device="cuda", dtype=torch.bfloat16)
+    list(one)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for epoch in range(3):
+        one.set_epoch(epoch)
+        for _ in one:
+            pass
+    torch.cuda.synchronize()
+    rate = 3 * len(one) * 1024 / (time.perf_counter() - start)
+    print(f"{rate:.0f} images/s")
+    assert rate > 100_000
 
 
 @pytest.mark.parametrize(

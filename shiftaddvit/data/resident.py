@@ -142,10 +142,9 @@ class ResidentLoader:
         self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
         self.seed, self.shard = seed, shard
         self.epoch = self._start = 0
-        # pixels / 255 - mean, over std: one multiplication and one addition
-        self._scale = (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1).to(self.device)
-        self._offset = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(self.device)
-        self._fill = (255 * torch.tensor(mean)).view(1, 3, 1, 1).to(self.device)
+        per_channel = torch.tensor([mean, std], dtype=torch.float32, device=self.device).view(2, 1, 3, 1, 1)
+        self._fill = 255 * per_channel[0]
+        self._scale, self._offset = 1 / (255 * per_channel[1]), -per_channel[0] / per_channel[1]  # (pixels / 255 - mean) / std
         self._noise = torch.Generator(self.device)
 
     def __len__(self) -> int:
