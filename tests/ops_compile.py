@@ -107,7 +107,33 @@ def matshift():
     )  # fmt: skip
 
 
-OPS = {"matshift": matshift}
+# PVTv2-B0: tokens of one image, channels and hidden channels of its stages.
+STAGES = ((56, 32, 256), (28, 64, 512), (14, 160, 640), (7, 256, 1024))
+
+
+def fused_mlp():
+    from shiftaddvit.ops.fused_mlp import triton as kernels
+
+    single, half = torch.float32, torch.float16
+    for batch in (1, 32, 256):
+        for side, c, hidden in STAGES:
+            m = batch * side * side
+            for experts in (1, 2):
+                router = lambda k, e=experts: meta(2, k, dtype=single) if e == 2 else None  # noqa: E731
+                bias = lambda n, e=experts: meta(e, n, dtype=single)  # noqa: E731
+                yield f"norm_linear x{experts} {m}x{c}x{hidden}", lambda m=m, c=c, n=hidden, e=experts, r=router, b=bias: kernels.norm_linear(
+                    meta(m, c, dtype=half), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, n, c, dtype=half), b(n), r(c),
+                    None, None, "none",
+                )  # fmt: skip
+                yield f"conv_linear x{experts} {m}x{hidden}x{c}", lambda m=m, s=side, c=c, n=hidden, e=experts, r=router, b=bias: (
+                    kernels.conv_linear(
+                        meta(m, n, dtype=half), s, s, meta(9, n, dtype=half), meta(n, dtype=single), meta(e, c, n, dtype=half), b(c),
+                        r(n), meta(m, c, dtype=half), None, None, None, 1e-6, True,
+                    )
+                )  # fmt: skip
+
+
+OPS = {"matshift": matshift, "fused_mlp": fused_mlp}
 
 
 def main(names: list[str]) -> None:

@@ -7,30 +7,32 @@ from ..tiles import complete, gelu, load_columns, normalised_rows, store_tile, w
 
 
 @triton.jit
-def _taps(h, conv, m, y, x, ks, M, K, H, W, BM: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr):
+def _taps(h, conv, first, m, y, x, ks, M, K, H, W, BM: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr):
     """Σ over the 3×3 neighbours of token m of h · conv, conv (9, K), zero outside the picture."""
     columns = ks[None, :] < K
+    # One 64-bit address for the program; inside the tile 32 bits reach everything.
+    tile = h + first.to(tl.int64) * K
+    offsets = (m - first)[:, None] * K + ks[None, :]
     if HALF:
         total = tl.zeros((BM, BK), tl.float16)
     else:
         total = tl.zeros((BM, BK), tl.float32)
-    for tap in tl.static_range(9):
-        dy: tl.constexpr = tap // 3 - 1
-        dx: tl.constexpr = tap % 3 - 1
-        near = (m < M) & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
-        value = tl.load(h + (m + dy * W + dx)[:, None].to(tl.int64) * K + ks[None, :], mask=near[:, None] & columns, other=0)
-        factor = tl.load(conv + tap * K + ks, mask=ks < K, other=0.0)
-        if HALF:
-            total = tl.inline_asm_elementwise(
-                "fma.rn.f16x2 $0, $1, $2, $3;",
-                "=r,r,r,r",
-                [value, tl.broadcast_to(factor.to(tl.float16)[None, :], (BM, BK)), total],
-                dtype=tl.float16,
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            total += value.to(tl.float32) * factor.to(tl.float32)[None, :]
+    for dy in tl.static_range(-1, 2):
+        for dx in tl.static_range(-1, 2):
+            near = (m < M) & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
+            value = tl.load(tile + (offsets + (dy * W + dx) * K), mask=near[:, None] & columns, other=0)
+            factor = tl.load(conv + (dy * 3 + dx + 4) * K + ks, mask=ks < K, other=0.0)
+            if HALF:
+                total = tl.inline_asm_elementwise(
+                    "fma.rn.f16x2 $0, $1, $2, $3;",
+                    "=r,r,r,r",
+                    [value, tl.broadcast_to(factor.to(tl.float16)[None, :], (BM, BK)), total],
+                    dtype=tl.float16,
+                    is_pure=True,
+                    pack=2,
+                )
+            else:
+                total += value.to(tl.float32) * factor.to(tl.float32)[None, :]
     return total.to(tl.float32)
 
 
@@ -43,7 +45,8 @@ def conv_linear_kernel(
 ):  # fmt: skip
     """out = [LayerNorm](residual + Expert(GELU(conv3×3(h) + conv_bias))); the activated hidden tile exists in registers only."""
     tiles_n = tl.cdiv(N, BN)
-    m = (tl.program_id(0) // tiles_n) * BM + tl.arange(0, BM)
+    first = (tl.program_id(0) // tiles_n) * BM
+    m = first + tl.arange(0, BM)
     n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
     y = (m % (H * W)) // W
     x = m % W
@@ -56,7 +59,7 @@ def conv_linear_kernel(
     # With more than one stage the taps would be copied to shared memory past the first-level cache, which serves 8 of the 9.
     for k in tl.range(0, K, BK, num_stages=STAGES):
         ks = k + tl.arange(0, BK)
-        hidden = _taps(h, conv, m, y, x, ks, M, K, H, W, BM, BK, HALF)
+        hidden = _taps(h, conv, first, m, y, x, ks, M, K, H, W, BM, BK, HALF)
         if HAS_SCALE:
             hidden = hidden * tl.load(h_scale + ks, mask=ks < K, other=0.0)[None, :]
         hidden = gelu(hidden + tl.load(conv_bias + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :], FAST)

@@ -62,15 +62,14 @@ def conv_tile(m: int, n: int, k: int, experts: int, whole_output: bool, device: 
     if found:
         return found
     widest = next_power(n)
-    start = Tile(m=64, n=widest if whole_output else min(widest, 256), k=64 if k % 64 == 0 else 32)
     if whole_output:
-        tile = start if widest <= 256 else Tile(32, widest, 32)
-    else:
-        tile = fill(start, m, n, device)
-    few = -(-m // tile.m) * -(-n // tile.n) < 2 * processors(device)
-    # Few programs wait for memory: take more channels at a time and prefetch. Many are bound by instructions.
-    wide = min(128, next_power(k)) if few and tile.m <= 32 else tile.k
-    return Tile(tile.m, tile.n, wide, 8 if tile.m * tile.n * experts >= 64 * 256 else 4, 2 if few and tile.m <= 32 else 1)
+        return Tile(32 if widest * experts <= 256 else 16, widest, 32, 8, 1)
+    tile = fill(Tile(m=64, n=min(widest, 128), k=32), m, n, device)
+    if tile.m <= 32 and -(-m // tile.m) * -(-n // tile.n) < 2 * processors(device):
+        # Few programs wait for memory: take more channels at a time and prefetch. Many are bound by instructions.
+        return Tile(tile.m, tile.n, min(64, next_power(k)), 4, 2)
+    # Two experts of 64 columns and more need the registers of eight warps.
+    return Tile(tile.m, tile.n, 32, 8 if tile.n * experts > 64 else 4, 1)
 
 
 def conv_linear(
