@@ -15,7 +15,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.train.guard import NotFinite
 from shiftaddvit.train.optim import parameter_groups
 from shiftaddvit.train.progress import TrainingProgress
-from shiftaddvit.train.run_folder import CHECKPOINT, MODEL, RunFolder
+from shiftaddvit.train.run_folder import CHECKPOINT, MODEL, RunFolder, told_when_full
 
 from .batch import TrainingScene, draw_batch, step_seed
 from .check import HeldOut
@@ -224,10 +224,11 @@ class _Training:
             if not torch.isfinite(parameter).all():
                 self._stop(f"parameter {name} is not finite")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
-        self.folder.save_checkpoint(state)
         scene = self.scenes[0].scene
         trained = {"scenes": [one.scene.name for one in self.scenes], "width": scene.width, "steps": self.step, "seconds": self.seconds}
-        save_model(self.model, self.folder.path / MODEL, trained)
+        with told_when_full(self.folder.path):
+            save_model(self.model, self.folder.path / MODEL, trained)
+        self.folder.save_checkpoint(state)  # last: a run with a checkpoint has a model
 
     def _restore(self) -> None:
         state = self.folder.load_checkpoint()

@@ -1,0 +1,327 @@
+"""Training survives: kills, NaN, too little memory. Conversion inherits. Checkpoints refuse what does not fit."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nvs_synthetic
+import pytest
+import torch
+from torch import nn
+
+from shiftaddvit.errors import UserError
+from shiftaddvit.layers.moe import MoELinear
+from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.nvs.batch import TrainingScene, draw_batch
+from shiftaddvit.nvs.convert import DENSE, ROWS, reparameterize_gnt
+from shiftaddvit.nvs.gnt import GNT, GNTConfig
+from shiftaddvit.nvs.gnt.checkpoints import load_published
+from shiftaddvit.nvs.memory import Chunk
+from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
+from shiftaddvit.nvs.projector import Seen
+from shiftaddvit.nvs.scene import normalise
+from shiftaddvit.nvs.state import load_model, save_model
+from shiftaddvit.nvs.step import add_gradients
+from shiftaddvit.nvs.train import NvsTrainConfig, train
+from shiftaddvit.reparam import Recipe, recipes
+from shiftaddvit.train.guard import NotFinite
+
+TINY = GNTConfig(width=16, depth=2, samples=6, sources=3, feature_channels=4, feature_base=4)
+SHORT = NvsTrainConfig(steps=6, rays=16, check_every=3, warmup_steps=2, source_jitter=1)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return normalise(nvs_synthetic.make_scene(views=6, width=36, height=32))
+
+
+def tiny(seed=0, config=TINY):
+    torch.manual_seed(seed)
+    return GNT(config)
+
+
+def seen(model, rays=4):
+    torch.manual_seed(1)
+    channels = 3 + model.config.feature_channels
+    inputs = Seen(torch.rand(rays, 6, 3, channels), torch.rand(rays, 6, 3, 4), torch.ones(rays, 6, 3, 1))
+    return inputs, torch.rand(rays, 6, 3), torch.rand(rays, 3)
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(scene, tmp_path):
+    whole, parts = tiny(), tiny()
+    train(whole, [scene], tmp_path / "whole", SHORT, show=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_until(parts, scene, tmp_path / "parts", 4)
+    again = tiny(seed=5)
+    result = train(again, [scene], tmp_path / "parts", replace(SHORT, checkpoint_minutes=1e-9), resume=True, show=False)
+    assert result.steps == 6
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def train_until(model, scene, folder, step):
+    """Train with a checkpoint after every step, and stop as Ctrl-C does before step `step`."""
+    from shiftaddvit.nvs import train as module
+
+    original = module.add_gradients
+
+    def interrupted(*arguments):
+        interrupted.calls += 1
+        if interrupted.calls > step:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    interrupted.calls = 0
+    module.add_gradients = interrupted
+    try:
+        train(model, [scene], folder, replace(SHORT, checkpoint_minutes=1e-9), show=False)
+    finally:
+        module.add_gradients = original
+
+
+_KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import nvs_synthetic, torch
+from test_nvs_train import SHORT, tiny
+from dataclasses import replace
+from shiftaddvit.nvs.scene import normalise
+from shiftaddvit.nvs.train import train
+torch.set_num_threads(1)
+scene = normalise(nvs_synthetic.make_scene(views=6, width=36, height=32))
+train(tiny(), [scene], {folder!r}, replace(SHORT, steps=10_000, checkpoint_minutes=1e-9), show=False)
+"""
+
+
+def test_a_kill_leaves_a_run_that_resumes(scene, tmp_path):
+    folder = tmp_path / "run"
+    code = _KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.random() / 5)
+    process.kill()
+    process.wait()
+    config = replace(SHORT, steps=10_000, checkpoint_minutes=1e-9)
+    steps = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert steps >= 1
+    described = json.loads((folder / "run.json").read_text())["description"]["train"]
+    assert described["steps"] == 10_000
+    with pytest.raises(UserError, match="already holds a run"):
+        train(tiny(), [scene], folder, config, show=False)
+    with pytest.raises(UserError, match="started with another train"):
+        train(tiny(), [scene], folder, replace(config, lr=1.0), resume=True, show=False)
+    load_model(folder / "model.safetensors")
+
+
+def test_nan_stops_and_keeps_the_last_good_model(scene, tmp_path):
+    config = replace(SHORT, steps=12, check_every=1, checkpoint_minutes=1e-9)
+    model = tiny()
+    poison = {"at": 5, "calls": 0}
+
+    def after(_module, _inputs, output):
+        poison["calls"] += model.training
+        return (output[0] * float("nan"), output[1]) if poison["calls"] > poison["at"] else output
+
+    model.net_coarse.register_forward_hook(after)
+    with pytest.raises(NotFinite, match="stopped at step .*last good state is .*model.safetensors"):
+        train(model, [scene], tmp_path, config, show=False)
+    kept = load_model(tmp_path / "model.safetensors")
+    assert all(torch.isfinite(parameter).all() for parameter in kept.parameters())
+    assert kept.trained["steps"] >= 3
+
+
+def test_training_lowers_the_error(scene, tmp_path):
+    model = tiny(config=replace(TINY, dropout=0.0))
+    config = NvsTrainConfig(steps=60, rays=64, check_every=20, warmup_steps=5, lr=3e-3, source_jitter=0)
+    train(model, [scene], tmp_path, config, show=False)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["held_out_psnr"] > log[0]["held_out_psnr"] + 0.2
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 60
+
+
+def test_cross_scene_training_draws_from_every_scene(scene):
+    other = replace(scene, name="other")
+    scenes = [TrainingScene.of(one, "cpu") for one in (scene, other)]
+    batches = [draw_batch(scenes, step, 0, 4, 3, 0) for step in range(20)]
+    assert len({batch.rays.near for batch in batches}) == 1
+    repeated = draw_batch(scenes, 3, 0, 4, 3, 0)
+    assert torch.equal(repeated.target, batches[3].target), "a step's batch follows from the seed and the step"
+    assert not torch.equal(batches[4].rays.pixel, batches[3].rays.pixel)
+
+
+def test_the_target_is_never_among_its_sources(scene):
+    one = TrainingScene.of(scene, "cpu")
+    for step in range(30):
+        batch = draw_batch([one], step, 0, 4, 4, 1)
+        distance = (batch.sources.poses[:, :3, 3] - batch.rays.origin[0]).norm(dim=-1)
+        assert distance.min() > 1e-3
+
+
+def test_chunks_of_a_step_change_no_gradient(scene):
+    one = TrainingScene.of(scene, "cpu")
+    gradients = []
+    for chunk in (16, 5):
+        model = tiny(config=replace(TINY, dropout=0.0)).eval()
+        batch = draw_batch([one], 0, 0, 16, 3, 0)
+        add_gradients(model, batch, 0, "fp32", 0.0, chunk)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
+
+
+def test_running_out_of_memory_halves_the_chunk():
+    chunk, tried = Chunk(64), []
+
+    def work(rays):
+        tried.append(rays)
+        if rays > 10:
+            raise torch.OutOfMemoryError("too much")
+        return rays
+
+    assert chunk.attempt(work) == 8 and tried == [64, 32, 16, 8] and chunk.rays == 8
+    with pytest.raises(UserError, match="not even one ray"):
+        Chunk(2).attempt(lambda rays: (_ for _ in ()).throw(torch.OutOfMemoryError("never enough")))
+    with pytest.raises(RuntimeError, match="other"):
+        Chunk(2).attempt(lambda rays: (_ for _ in ()).throw(RuntimeError("other")))
+
+
+def test_bf16_training_runs(scene, tmp_path):
+    result = train(tiny(), [scene], tmp_path, replace(SHORT, steps=3, precision="bf16"), show=False)
+    assert result.steps == 3 and result.train_psnr > 0
+
+
+def test_nerf_trains_and_loads(scene, tmp_path):
+    torch.manual_seed(0)
+    model = NeRF(NeRFConfig(width=16, samples=4, fine_samples=4)).fit(scene)
+    train(model, [scene], tmp_path, replace(SHORT, steps=3), show=False)
+    again = load_model(tmp_path / "model.safetensors")
+    assert torch.equal(again.frustum, model.frustum)
+
+
+# Conversion
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_converts_trains_and_loads(row, scene, tmp_path):
+    model = reparameterize_gnt(tiny(), recipes[row])
+    train(model, [scene], tmp_path, replace(SHORT, steps=2), show=False)
+    expected = model.eval().net_coarse(*seen(model))[0]
+    again = load_model(tmp_path / "model.safetensors")
+    assert again.shiftaddvit_recipe == recipes[row]
+    assert torch.equal(again.net_coarse(*seen(again))[0], expected)
+    save_model(model, tmp_path / "packed.safetensors", packed=True)
+    assert torch.equal(load_model(tmp_path / "packed.safetensors").net_coarse(*seen(again))[0], expected)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_conversion_touches_what_the_table_says_and_nothing_else(row):
+    model, recipe = reparameterize_gnt(tiny(), row), recipes[row]
+    for name, module in model.named_modules():
+        if any(part in DENSE for part in name.split(".")):
+            assert not isinstance(module, ShiftLinear | MoELinear), name
+    kinds = {"mult": nn.Linear, "shift": ShiftLinear, "moe": MoELinear}
+    block = model.net_coarse
+    assert isinstance(block.view_crosstrans[0].attn.v_fc, kinds[recipe.attn_linear])
+    assert isinstance(block.view_selftrans[1].ff.fc2, kinds[recipe.mlp])
+    adds = [module for module in model.modules() if getattr(module, "primitive", "") == "add"]
+    assert len(adds) == (2 * TINY.depth if recipe.add == "quant" else 0)
+
+
+def test_conversion_with_primitives_off_is_the_dense_model():
+    """Shift layers that are switched off use the latent weights: GNT-shift then is GNT."""
+    dense, model = tiny().eval(), reparameterize_gnt(tiny(), "gnt-shift").eval()
+    for module in model.modules():
+        if isinstance(module, ShiftLinear):
+            module.enabled = False
+    expected, found = (one.net_coarse(*seen(one))[0] for one in (dense, model))
+    assert torch.allclose(expected, found, atol=1e-5)
+
+
+def test_ray_attention_with_additions_off_is_the_dense_model():
+    recipe = Recipe(attention="linear", add="quant")
+    dense, model = tiny().eval(), reparameterize_gnt(tiny(), recipe).eval()
+    for block in model.net_coarse.view_selftrans:
+        block.attn.enabled = False
+    for expected, found in zip(dense.net_coarse(*seen(dense)), model.net_coarse(*seen(model)), strict=True):
+        assert torch.allclose(expected, found, atol=1e-5)
+
+
+def test_every_converted_parameter_receives_gradient():
+    model = reparameterize_gnt(tiny(config=replace(TINY, dropout=0.0)), "gnt-add-shift-moe").train()
+    model.net_coarse(*seen(model, 64))[0].square().sum().backward()
+    for name, parameter in model.net_coarse.named_parameters():
+        assert parameter.grad is not None, f"no gradient for {name}"
+
+
+def test_conversion_refuses_what_it_has_no_form_of():
+    with pytest.raises(UserError, match="attention = 'msa'"):
+        reparameterize_gnt(tiny(), Recipe(attention="msa"))
+    with pytest.raises(UserError, match="already converted"):
+        reparameterize_gnt(reparameterize_gnt(tiny(), "gnt-add"), "gnt-add")
+    with pytest.raises(UserError, match="override pattern 'blocks.0'"):
+        reparameterize_gnt(tiny(), Recipe(mlp="shift", overrides=(("blocks.0", {"mlp": "mult"}),)))
+    with pytest.raises(UserError, match="NeRF cannot be converted"):
+        reparameterize_gnt(NeRF(NeRFConfig(width=16)), "gnt-add")
+
+
+def test_overrides_reach_one_block():
+    recipe = Recipe(mlp="shift", overrides=(("net_coarse.view_crosstrans.0.*", {"mlp": "mult"}),))
+    model = reparameterize_gnt(tiny(), recipe)
+    assert isinstance(model.net_coarse.view_crosstrans[0].ff.fc1, nn.Linear)
+    assert isinstance(model.net_coarse.view_crosstrans[1].ff.fc1, ShiftLinear)
+
+
+# Checkpoints
+
+
+def published(model, path):
+    parts = {"net_coarse": model.net_coarse.state_dict(), "feature_net": model.feature_net.state_dict()}
+    torch.save(parts | {"optimizer": {}}, path)
+
+
+def test_published_checkpoints_load_with_their_own_shape(tmp_path):
+    model = tiny(config=replace(TINY, depth=3))
+    published(model, tmp_path / "model.pth")
+    found = load_published(tmp_path / "model.pth")
+    assert (found.config.width, found.config.depth, found.config.feature_base) == (16, 3, 4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("field", "value"), [("width", 64), ("depth", 8)])
+def test_a_checkpoint_for_another_shape_is_refused(tmp_path, field, value):
+    published(tiny(), tmp_path / "model.pth")
+    with pytest.raises(UserError, match=f"of {field} {getattr(TINY, field)}, but {field} {value} was asked"):
+        load_published(tmp_path / "model.pth", replace(TINY, **{field: value}))
+
+
+def test_broken_checkpoints_are_named(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="a.pth is not a whole checkpoint"):
+        load_published(tmp_path / "a.pth")
+    torch.save({"state": {}}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="must hold 'net_coarse'"):
+        load_published(tmp_path / "b.pth")
+    save_model(tiny(), tmp_path / "c.safetensors")
+    data = (tmp_path / "c.safetensors").read_bytes()
+    (tmp_path / "c.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="c.safetensors is not a whole safetensors file"):
+        load_model(tmp_path / "c.safetensors")
+
+
+def test_too_few_views_are_refused_before_anything_is_written(scene, tmp_path):
+    with pytest.raises(UserError, match="5 training views but 9 sources"):
+        train(tiny(config=replace(TINY, sources=9)), [scene], tmp_path / "run", SHORT, show=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("lr", -1.0), ("precision", "fp8"), ("schedule", "linear"), ("minutes", 0)])
+def test_wrong_training_settings_are_refused(field, value):
+    with pytest.raises(UserError, match=f"{field} = "):
+        NvsTrainConfig(**{field: value})
