@@ -81,9 +81,8 @@ def row(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = load(args.weights)
     teacher = load(args.weights) if args.distill else None
-    recipe = changed(recipes[args.recipe], args.set)
     if args.recipe != "dense":
-        reparameterize(model, recipe)
+        reparameterize(model, changed(recipes[args.recipe], args.set))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train, val = loaders(args.data, args.batch, args.seed, args.split, FINETUNE_AUGMENT, device, torch.float32)
     first, second = args.epochs
@@ -98,12 +97,13 @@ def row(args: argparse.Namespace) -> None:
 
 
 def changed(recipe: Recipe, settings: list[str]) -> Recipe:
-    """The recipe with `table.field=value` settings (values as JSON)."""
+    """The recipe with `table.field=value` settings; a value is JSON, or else a word."""
     values = recipe.to_dict()
     for setting in settings:
         path, _, text = setting.partition("=")
         table, _, field = path.rpartition(".")
-        (values.setdefault(table, {}) if table else values)[field] = json.loads(text)
+        is_word = text.replace("-", "").isalpha() and text not in ("true", "false", "null")
+        (values.setdefault(table, {}) if table else values)[field] = text if is_word else json.loads(text)
     return Recipe.from_dict(values)
 
 
