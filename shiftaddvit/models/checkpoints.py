@@ -65,10 +65,17 @@ def load_pretrained(
     if hasattr(model, "shiftaddvit_recipe"):
         raise UserError("the model is already converted; load pre-trained weights into the dense model, then reparameterize it")
     weights, notes = unwrap(path, read_file(path))
+    return fill(model, weights, path, num_classes_mismatch == "reset", notes)
+
+
+def fill(
+    model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike, reset_head: bool, notes: tuple[str, ...] = ()
+) -> LoadReport:
+    """`load_pretrained` for weights that are read already; `path` says where they are from."""
     layout = _layout_for(model, weights, path)
     try:
         renamed = rename(layout, weights)
-        adapted = adapt(model, renamed.weights, num_classes_mismatch == "reset")
+        adapted = adapt(model, renamed.weights, reset_head)
     except UserError as error:
         raise UserError(f"{path} ({layout.name}): {error}") from None
     _check(model, path, layout, renamed, adapted)

@@ -53,12 +53,13 @@ class Renamed:
 
 _MASK = "only masked pre-training uses it"
 _HF_LEAVES = (("pooler.dense.*", "timm's models have no pooler"), ("embeddings.mask_token", _MASK))
+_DINO2_LEAVES = (*_HF_LEAVES, ("classifier.*", "it sees the class token beside the mean of the patches, timm's head only one of them"))
 _VIT_PREFIXES = ("vit.", "deit.")
 
 LAYOUTS = (
     Layout("Hugging Face PVTv2", "PVTv2", ("encoder.layers.0.patch_embedding.proj.weight",), ("pvt_v2.",), PVT2_HF, (), 1e-6),
     Layout("Hugging Face PVTv1", "PVTv1", ("encoder.patch_embeddings.0.projection.weight",), ("pvt.",), PVT1_HF, (), 1e-6),
-    Layout("Hugging Face DINOv2", "ViT", ("encoder.layer.0.layer_scale1.lambda1",), ("dinov2.", "backbone."), DINO2_HF, _HF_LEAVES, 1e-6),
+    Layout("Hugging Face DINOv2", "ViT", ("encoder.layer.0.layer_scale1.lambda1",), ("dinov2.", "backbone."), DINO2_HF, _DINO2_LEAVES, 1e-6),
     Layout("Hugging Face ViT/DeiT", "ViT", ("encoder.layer.0.layernorm_before.weight",), _VIT_PREFIXES, VIT_HF, _HF_LEAVES, 1e-12),
     Layout("Hugging Face ViT/DeiT, version 5", "ViT", ("layers.0.layernorm_before.weight",), _VIT_PREFIXES, VIT_HF5, _HF_LEAVES, 1e-12),
     Layout("official PVTv1", "PVTv1", ("pos_embed1", "block1.0.attn.kv.weight")),
