@@ -133,7 +133,33 @@ def fused_mlp():
                 )  # fmt: skip
 
 
-OPS = {"matshift": matshift, "fused_mlp": fused_mlp}
+def linear_attention():
+    from shiftaddvit.ops.linear_attention import triton as kernels
+
+    single, half = torch.float32, torch.float16
+    # PVTv2-B0's three stages, B2's third, DeiT-T.
+    for batch in (1, 32, 256):
+        for tokens, c, heads in ((3136, 32, 1), (784, 64, 2), (196, 160, 5), (196, 320, 5), (197, 192, 3)):
+            d, parts = c // heads, kernels.parts_for(batch, tokens, heads, None)
+            for experts in (1, 2):
+                router = meta(2, c, dtype=single) if experts == 2 else None
+                bias = meta(experts, 3 * c, dtype=single)
+                yield f"encode x{experts} {batch}x{tokens}x{c}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, s=bias, p=parts: (
+                    kernels.encode(
+                        meta(b, n, c, dtype=half), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, 3 * c, c, dtype=half), s, r,
+                        None, h, "token", "zero-one", False, p,
+                    )
+                )  # fmt: skip
+                yield f"mix x{experts} {batch}x{tokens}x{c}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, d=d, p=parts: (
+                    kernels.mix(
+                        meta(b, h, n, d // 32, dtype=torch.int32), meta(b, n, c, dtype=half), meta(b, p, h, d, d, dtype=single),
+                        meta(0, dtype=single), meta(h, 9, dtype=half), meta(e, c, c, dtype=half), meta(e, c, dtype=single), r,
+                        meta(b, n, c, dtype=half), "zero-one", "own", True, True, 0,
+                    )
+                )  # fmt: skip
+
+
+OPS = {"linear_attention": linear_attention, "matshift": matshift, "fused_mlp": fused_mlp}
 
 
 def main(names: list[str]) -> None:

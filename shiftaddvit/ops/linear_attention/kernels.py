@@ -1,0 +1,226 @@
+"""The two kernels of a linear-attention block. Between them only v, the queries' codes and a few context sums touch memory."""
+
+import triton
+import triton.language as tl
+
+from ..tiles import complete, load_columns, row_statistics, store_tile, wait_for_inputs
+
+
+@triton.jit
+def _binary(x, threshold, which, inside, RULE: tl.constexpr, LOW: tl.constexpr, D: tl.constexpr):
+    """1[x/‖x‖ > threshold] as {LOW, 1}, and 0 outside. The token's own mean and zero do not depend on the length, which is left out."""
+    if RULE == "token":
+        level = tl.sum(x, 1) / D
+    elif RULE == "zero":
+        level = tl.sum(x, 1) * 0.0
+    else:
+        level = tl.load(threshold + which) * tl.sqrt(tl.sum(x * x, 1) + 1e-12)
+    return tl.where(inside[:, None], tl.where(x > level[:, None], 1.0, LOW), 0.0)
+
+
+@triton.jit
+def _unit(x):
+    return x * tl.rsqrt(tl.sum(x * x, 1) + 1e-12)[:, None]
+
+
+@triton.jit
+def _head_bias(bias, row, i, second, C3, EXPERTS: tl.constexpr):
+    shift = tl.load(bias + row + i).to(tl.float32)[None, :]
+    if EXPERTS == 2:
+        shift = tl.where(second[:, None], tl.load(bias + C3 + row + i).to(tl.float32)[None, :], shift)
+    return shift
+
+
+@triton.jit
+def encode_kernel(
+    x, gamma, beta, w, bias, router, threshold, queries, v_out, context, v_sum, choice, N, C, C3, stride_x, eps, parts, heads,
+    NORM: tl.constexpr, EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, RULE: tl.constexpr,
+    CODES: tl.constexpr, V_SUM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One head of one picture's part: LayerNorm, q k v, codes of q, v, and Σ_j k_jᵀ v_j over the part's tokens.
+
+    Parts are contiguous runs of whole tiles, so the sums do not depend on what else is in the batch.
+    """
+    pid = tl.program_id(0)
+    head = pid % heads
+    part = (pid // heads) % parts
+    picture = pid // (heads * parts)
+    T: tl.constexpr = x.dtype.element_ty
+    LOW: tl.constexpr = -1.0 if CODES == "plus-minus" else 0.0
+    i = tl.arange(0, D)
+    q_row = head * D
+    k_row = q_row if SHARED else C + head * D
+    v_row = (C if SHARED else 2 * C) + head * D
+    tiles = tl.cdiv(tl.cdiv(N, BM), parts)
+    total = tl.zeros((D, D), tl.float32)
+    v_total = tl.zeros((D,), tl.float32)
+    wait_for_inputs(PDL)
+    for t in tl.range(part * tiles, part * tiles + tiles, num_stages=1):
+        m = t * BM + tl.arange(0, BM)
+        inside = m < N
+        token = picture.to(tl.int64) * N + m
+        rows = x + token[:, None] * stride_x
+        if NORM:
+            mean, scale = row_statistics(rows, inside, C, eps, BM, BK)
+        second = m < 0
+        q = tl.zeros((BM, D), tl.float32)
+        k = tl.zeros((BM, D), tl.float32)
+        v = tl.zeros((BM, D), tl.float32)
+        if EXPERTS == 2:
+            lead = tl.zeros((BM,), tl.float32)
+            q2 = tl.zeros((BM, D), tl.float32)
+            k2 = tl.zeros((BM, D), tl.float32)
+            v2 = tl.zeros((BM, D), tl.float32)
+        for c in tl.range(0, C, BK, num_stages=STAGES):
+            cs = c + tl.arange(0, BK)
+            a = tl.load(rows + cs[None, :], mask=inside[:, None] & (cs[None, :] < C), other=0.0)
+            if NORM:
+                a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
+                a = a * tl.load(gamma + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
+                a = a + tl.load(beta + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
+            if EXPERTS == 2:
+                r = tl.load(router + C + cs, mask=cs < C, other=0.0).to(tl.float32)
+                r = r - tl.load(router + cs, mask=cs < C, other=0.0).to(tl.float32)
+                lead += tl.sum(a.to(tl.float32) * r[None, :], 1)
+            a = a.to(T)
+            q = tl.dot(a, load_columns(w, q_row + i, c, C3, C, BK, T), q, input_precision=PRECISION)
+            v = tl.dot(a, load_columns(w, v_row + i, c, C3, C, BK, T), v, input_precision=PRECISION)
+            if not SHARED:
+                k = tl.dot(a, load_columns(w, k_row + i, c, C3, C, BK, T), k, input_precision=PRECISION)
+            if EXPERTS == 2:
+                w2 = w + C3 * C
+                q2 = tl.dot(a, load_columns(w2, q_row + i, c, C3, C, BK, T), q2, input_precision=PRECISION)
+                v2 = tl.dot(a, load_columns(w2, v_row + i, c, C3, C, BK, T), v2, input_precision=PRECISION)
+                if not SHARED:
+                    k2 = tl.dot(a, load_columns(w2, k_row + i, c, C3, C, BK, T), k2, input_precision=PRECISION)
+        if EXPERTS == 2:
+            second = lead > 0
+            q = tl.where(second[:, None], q2, q)
+            v = tl.where(second[:, None], v2, v)
+            k = tl.where(second[:, None], k2, k)
+            tl.store(choice + token, second.to(tl.int8), mask=m < tl.where(head == 0, N, 0))
+        if HAS_BIAS:
+            q = q + _head_bias(bias, q_row, i, second, C3, EXPERTS)
+            v = v + _head_bias(bias, v_row, i, second, C3, EXPERTS)
+            k = k + _head_bias(bias, k_row, i, second, C3, EXPERTS)
+        if SHARED:
+            k = q
+        v = tl.where(inside[:, None], v, 0.0).to(T)
+        tl.store(v_out + token[:, None] * C + (head * D + i)[None, :], v, mask=inside[:, None])
+        place = (picture.to(tl.int64) * heads + head) * N + m
+        if CODES == "float":
+            tl.store(queries + place[:, None] * D + i[None, :], _unit(q).to(T), mask=inside[:, None])
+            k = tl.where(inside[:, None], _unit(k), 0.0)
+        else:
+            q = _binary(q, threshold, head, inside, RULE, LOW, D)
+            k = _binary(k, threshold, heads + head, inside, RULE, LOW, D)
+            WORDS: tl.constexpr = (D + 31) // 32
+            bit = (q > 0).to(tl.int32) << (i % 32)[None, :]
+            word = tl.sum(tl.reshape(bit, (BM, WORDS, D // WORDS)), 2).to(tl.int32)
+            tl.store(queries + place[:, None] * WORDS + tl.arange(0, WORDS)[None, :], word, mask=inside[:, None])
+        total = tl.dot(tl.trans(k.to(T)), v, total, input_precision=PRECISION)
+        if V_SUM:
+            v_total += tl.sum(v.to(tl.float32), 0)
+    where = (picture * parts + part) * heads + head
+    tl.store(context + where * (D * D) + i[:, None] * D + i[None, :], total)
+    if V_SUM:
+        tl.store(v_sum + where * D + i, v_total)
+
+
+@triton.jit
+def _sum_parts(context, first, parts, heads, D: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Σ over the parts of one head's (D, D) context, in a fixed order, several loads in flight."""
+    i = tl.arange(0, D)
+    total = tl.zeros((D, D), tl.float32)
+    for p in tl.range(0, parts, AT_ONCE, num_stages=1):
+        ps = p + tl.arange(0, AT_ONCE)
+        where = (first + ps * heads)[:, None, None] * (D * D) + i[None, :, None] * D + i[None, None, :]
+        total += tl.sum(tl.load(context + where, mask=ps[:, None, None] < parts, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _sum_rows(v_sum, first, parts, heads, D: tl.constexpr):
+    i = tl.arange(0, D)
+    total = tl.zeros((D,), tl.float32)
+    for p in tl.range(0, parts, num_stages=1):
+        total += tl.load(v_sum + (first + p * heads) * D + i)
+    return total
+
+
+@triton.jit
+def mix_kernel(
+    queries, v, context, v_sum, conv, w, bias, router, residual, out, choice, N, C, parts, heads, context_scale, prefix,
+    EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CODES: tl.constexpr, LOCAL: tl.constexpr,
+    UNIT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """out = residual + Expert(concat over heads of [unit](local + q Σ kᵀv · scale/π) + token convolution of v)."""
+    tiles_n = tl.cdiv(C, BN)
+    tiles_m = tl.cdiv(N, BM)
+    pid = tl.program_id(0)
+    n = (pid % tiles_n) * BN + tl.arange(0, BN)
+    picture = pid // (tiles_n * tiles_m)
+    m = ((pid // tiles_n) % tiles_m) * BM + tl.arange(0, BM)
+    inside = m < N
+    i = tl.arange(0, D)
+    acc = tl.zeros((BM, BN), tl.float32)
+    second = m < 0
+    if EXPERTS == 2:
+        other = tl.zeros((BM, BN), tl.float32)
+        lead = tl.zeros((BM,), tl.float32)
+    tokens = v + picture.to(tl.int64) * N * C
+    wait_for_inputs(PDL)
+    for head in tl.range(0, heads, num_stages=1):
+        first = picture * parts * heads + head
+        # Divided by the number of tokens, the context stays in the range of half precision; two parts keep its precision.
+        sums = _sum_parts(context, first, parts, heads, D, AT_ONCE) / N
+        place = (picture.to(tl.int64) * heads + head) * N + m
+        if CODES == "float":
+            q = tl.load(queries + place[:, None] * D + i[None, :], mask=inside[:, None], other=0.0)
+        else:
+            WORDS: tl.constexpr = (D + 31) // 32
+            word = tl.load(queries + place[:, None] * WORDS + (i // 32)[None, :], mask=inside[:, None], other=0)
+            q = ((word >> (i % 32)[None, :]) & 1).to(tl.float32)
+            if CODES == "plus-minus":
+                q = 2.0 * q - 1.0
+            q = q.to(T)
+        high = sums.to(T)
+        o = tl.dot(q, high, input_precision=PRECISION)
+        if T != tl.float32:
+            o = tl.dot(q, (sums - high.to(tl.float32)).to(T), o)
+        o = o * context_scale
+        here = tokens + m[:, None] * C + (head * D + i)[None, :]
+        own = tl.load(here, mask=inside[:, None], other=0.0).to(tl.float32)
+        if LOCAL == "own":
+            o = o + 0.5 * own
+        elif LOCAL == "mean":
+            o = o + (0.5 / N) * _sum_rows(v_sum, first, parts, heads, D)[None, :]
+        if UNIT:
+            o = _unit(o)
+        for tap in tl.static_range(WINDOW):
+            factor = tl.load(conv + head * WINDOW + tap).to(tl.float32)
+            if tap == WINDOW // 2:
+                o = o + factor * own
+            else:
+                j = m + (tap - WINDOW // 2)
+                # A prefix token has no neighbours in the raster, and is nobody's.
+                near = inside & (m >= prefix) & (j >= prefix) & (j < N)
+                o = o + factor * tl.load(here + (tap - WINDOW // 2) * C, mask=near[:, None], other=0.0).to(tl.float32)
+        if EXPERTS == 2:
+            r = tl.load(router + C + head * D + i).to(tl.float32) - tl.load(router + head * D + i).to(tl.float32)
+            lead += tl.sum(o * r[None, :], 1)
+        a = o.to(T)
+        acc = tl.dot(a, load_columns(w, n, head * D, C, C, D, T), acc, input_precision=PRECISION)
+        if EXPERTS == 2:
+            other = tl.dot(a, load_columns(w + C * C, n, head * D, C, C, D, T), other, input_precision=PRECISION)
+    base = picture.to(tl.int64) * N * C
+    if EXPERTS == 2:
+        second = lead > 0
+        acc = tl.where(second[:, None], other, acc)
+        tl.store(choice + picture.to(tl.int64) * N + m, second.to(tl.int8), mask=m < tl.where(pid % tiles_n == 0, N, 0))
+    if HAS_RESIDUAL:
+        residual = residual + base
+    acc = complete(acc, m, n, second, bias, residual, N, C, EXPERTS, False, False, HAS_BIAS, HAS_RESIDUAL)
+    store_tile(out + base, acc, m, n, N, C, context_scale, False)

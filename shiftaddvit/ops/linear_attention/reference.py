@@ -1,0 +1,103 @@
+"""Linear attention with binary or unit-length queries and keys, step by step in float32."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..fused_mlp.reference import experts
+
+
+def encode(
+    x: Float[Tensor, "B N C"], norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    router: Tensor | None, threshold: Float[Tensor, "2 h"] | None, heads: int, rule: str, codes: str, v_sum: bool, parts: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As the op `attention_encode`; the first part holds the whole sum, the others nothing."""
+    a = x if x.dtype == torch.float64 else x.float()
+    batch, tokens, width = a.shape
+    if norm_weight is not None:
+        a = F.layer_norm(a, (width,), norm_weight.to(a.dtype), norm_bias.to(a.dtype), eps)
+    y, choice = experts(a.reshape(-1, width), weight, bias, router)
+    y = y.reshape(batch, tokens, y.shape[-1] // width, heads, width // heads).permute(2, 0, 3, 1, 4)  # (2 or 3, B, h, N, d)
+    q, k, v = y[0], y[-2], y[-1].to(x.dtype)
+    if codes == "float":
+        q, k = unit(q).to(x.dtype), unit(k).to(x.dtype)
+        queries = q.contiguous()
+    else:
+        levels = threshold if rule == "given" else (None, None)
+        q, k = (binary(part, level, rule, codes) for part, level in zip((q, k), levels, strict=True))
+        queries = pack_bits(q > 0)
+    context = k.to(a.dtype).transpose(-2, -1) @ v.to(a.dtype)
+    sums = v.to(a.dtype).sum(2) if v_sum else a.new_empty(0)
+    context = _in_first_part(context, parts)
+    sums = _in_first_part(sums, parts) if v_sum else sums
+    return queries, v.transpose(1, 2).reshape(x.shape).contiguous(), context, sums, choice
+
+
+def _in_first_part(sums: Tensor, parts: int) -> Tensor:
+    return torch.stack([sums, *(torch.zeros_like(sums) for _ in range(parts - 1))], dim=1)
+
+
+def mix(
+    queries: Tensor, v: Float[Tensor, "B N C"], context: Float[Tensor, "B S h d d"], v_sum: Float[Tensor, "B S h d"],
+    conv: Float[Tensor, "h window"] | None, weight: Tensor, bias: Tensor | None, router: Tensor | None, residual: Tensor | None,
+    codes: str, local: str, context_mean: bool, output_unit: bool, prefix: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the op `attention_mix`."""
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    batch, tokens, width = v.shape
+    heads, d = context.shape[2], context.shape[3]
+    values = v.to(wide).reshape(batch, tokens, heads, d).transpose(1, 2)
+    if codes == "float":
+        q = queries.to(wide)
+    else:
+        bits = unpack_bits(queries, d).to(wide)
+        q = 2 * bits - 1 if codes == "plus-minus" else bits
+    total = context.to(wide).sum(1) / (max(tokens, 1) if context_mean else 1)
+    o = q @ total / math.pi
+    if local == "own":
+        o = o + values / 2
+    elif local == "mean":
+        o = o + v_sum.to(wide).sum(1).unsqueeze(2) / (2 * max(tokens, 1))
+    if output_unit:
+        o = unit(o)
+    if conv is not None:
+        o = o + token_convolution(values, conv.to(wide), prefix)
+    y, choice = experts(o.transpose(1, 2).reshape(-1, width), weight, bias, router)
+    y = y.reshape(v.shape)
+    return (y + residual if residual is not None else y).to(v.dtype), choice
+
+
+def token_convolution(values: Float[Tensor, "B h N d"], conv: Float[Tensor, "h window"], prefix: int) -> Float[Tensor, "B h N d"]:
+    """A window over tokens in raster order, one filter a head; each prefix token sees itself only."""
+    heads, window = conv.shape
+    pictures = F.conv2d(values[:, :, prefix:], conv.reshape(heads, 1, window, 1), padding=(window // 2, 0), groups=heads)
+    alone = values[:, :, :prefix] * conv[:, window // 2].reshape(heads, 1, 1)
+    return torch.cat([alone, pictures], dim=2)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
+
+
+def binary(x: Float[Tensor, "B h N d"], level: Float[Tensor, "h"] | None, rule: str, codes: str) -> Tensor:
+    """1[x/‖x‖ > threshold] as {0, 1} or {−1, 1}."""
+    length = (x.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+    limits = {"token": x.mean(-1, keepdim=True), "zero": torch.zeros_like(length)}
+    limit = level.to(x.dtype).reshape(-1, 1, 1) * length if rule == "given" else limits[rule]
+    return torch.where(x > limit, 1.0, -1.0 if codes == "plus-minus" else 0.0).to(x.dtype)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bools (…, d) as int32 words (…, ⌈d/32⌉), bit i in word i // 32 at place i mod 32."""
+    d = bits.shape[-1]
+    padded = F.pad(bits.long(), (0, -d % 32)).unflatten(-1, (-1, 32))
+    words = (padded << torch.arange(32, device=bits.device)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_bits(words: Tensor, d: int) -> Tensor:
+    """The inverse: int32 words (…, ⌈d/32⌉) as integers 0 and 1 (…, d)."""
+    return ((words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1).flatten(-2)[..., :d]

@@ -1,0 +1,93 @@
+"""Launches of the two linear-attention kernels."""
+
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..tiling import Tile, fill, key, next_power, processors, tuned
+from .kernels import encode_kernel, mix_kernel
+
+_ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def encode_tile(tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
+    """Tokens of a tile and channels of a step; `n` is not used."""
+    found = tuned(device, key(f"encode{experts}", tokens, width, d))
+    if found:
+        return found
+    wide = d > 32 and experts == 2
+    rows = 64 if tokens > 32 else next_power(tokens)
+    return Tile(rows, 16, min(64, next_power(width, 32)), 8 if wide else 4, 1 if width <= 64 else 2)
+
+
+def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
+    """`k` is how many parts of the context are summed at once."""
+    found = tuned(device, key(f"mix{experts}", batch, tokens, width, d))
+    if found:
+        return found
+    start = Tile(64 if tokens > 32 else next_power(tokens), min(128, next_power(width)), max(1, 8192 // (d * d)))
+    tile = fill(start, batch * tokens, width, device)
+    return Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n * experts >= 128 * 128 else 4)
+
+
+def encode(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    router: Tensor | None, threshold: Tensor | None, heads: int, rule: str, codes: str, v_sum: bool, parts: int, pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x (B, N, C), weight (E, 3C or 2C, C), threshold (2, h) for rule `given`."""
+    batch, tokens, width = x.shape
+    d, experts = width // heads, weight.shape[0]
+    device = x.device
+    if codes == "float":
+        queries = torch.empty(batch, heads, tokens, d, dtype=x.dtype, device=device)
+    else:
+        queries = torch.empty(batch, heads, tokens, -(-d // 32), dtype=torch.int32, device=device)
+    v = torch.empty(batch, tokens, width, dtype=x.dtype, device=device)
+    context = torch.empty(batch, parts, heads, d, d, dtype=torch.float32, device=device)
+    sums = torch.empty((batch, parts, heads, d) if v_sum else (0,), dtype=torch.float32, device=device)
+    choice = torch.empty(batch * tokens if experts == 2 else 0, dtype=torch.int8, device=device)
+    if v.numel() == 0:
+        return queries, v, context.zero_(), sums.zero_(), choice
+    tile = encode_tile(tokens, width, d, experts, device)
+    flags = {"launch_pdl": True} if pdl else {}
+    encode_kernel[(batch * parts * heads,)](
+        x, norm_weight, norm_bias, weight, bias, router, threshold, queries, v, context, sums, choice,
+        tokens, width, weight.shape[1], x.stride(1), eps, parts, heads,
+        NORM=norm_weight is not None, EXPERTS=experts, HAS_BIAS=bias is not None, SHARED=weight.shape[1] == 2 * width, RULE=rule,
+        CODES=codes, V_SUM=v_sum, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", PDL=pdl,
+        D=d, BM=tile.m, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **flags,
+    )  # fmt: skip
+    return queries, v, context, sums, choice
+
+
+def mix(
+    queries: Tensor, v: Tensor, context: Tensor, v_sum: Tensor, conv: Tensor | None, weight: Tensor, bias: Tensor | None,
+    router: Tensor | None, residual: Tensor | None, codes: str, local: str, context_mean: bool, output_unit: bool, prefix: int,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """v (B, N, C), context (B, S, h, d, d), weight (E, C, C), conv (h, window)."""
+    batch, tokens, width = v.shape
+    experts, (parts, heads, d) = weight.shape[0], context.shape[1:4]
+    out = torch.empty_like(v)
+    choice = torch.empty(batch * tokens if experts == 2 else 0, dtype=torch.int8, device=v.device)
+    if out.numel() == 0:
+        return out, choice
+    tile = mix_tile(batch, tokens, width, d, experts, v.device)
+    flags = {"launch_pdl": True} if pdl else {}
+    mix_kernel[(batch * -(-tokens // tile.m) * -(-width // tile.n),)](
+        queries, v, context, v_sum, conv, weight, bias, router, residual, out, choice,
+        tokens, width, parts, heads, (1.0 if context_mean else float(tokens)) / math.pi, prefix,
+        EXPERTS=experts, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, CODES=codes, LOCAL=local, UNIT=output_unit,
+        WINDOW=0 if conv is None else conv.shape[1], PRECISION="tf32x3" if v.dtype == torch.float32 else "tf32", PDL=pdl,
+        T=_ELEMENT[v.dtype], D=d, BM=tile.m, BN=tile.n, AT_ONCE=tile.k, num_warps=tile.warps, **flags,
+    )  # fmt: skip
+    return out, choice
+
+
+def parts_for(batch: int, tokens: int, heads: int, device: torch.device) -> int:
+    """Into how many parts a picture's tokens are cut: enough programs for the device, whole tiles of 64, and at most 32, because
+    the second kernel reads them all."""
+    wanted = -(-2 * processors(device) // max(batch * heads, 1))
+    return max(1, min(wanted, -(-tokens // 64), 32))
