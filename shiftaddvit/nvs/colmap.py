@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -107,8 +109,11 @@ def _camera(camera: object, name: str) -> tuple[torch.Tensor, tuple[float, float
 
 
 def _bounds(model: object, view: object, to_camera: np.ndarray) -> tuple[float, float]:
-    points = [model.points3D[point.point3D_id].xyz for point in view.points2D if point.has_point3D()]
-    depths = np.array(points).reshape(-1, 3) @ to_camera[2, :3] + to_camera[2, 3]
+    points = [model.points3D[point.point3D_id] for point in view.points2D if point.has_point3D()]
+    # A point that only two views saw is often a wrong match, far away or close by.
+    sure = [point for point in points if point.track.length() >= 3]
+    places = [point.xyz for point in (sure if len(sure) >= 50 else points)]
+    depths = np.array(places).reshape(-1, 3) @ to_camera[2, :3] + to_camera[2, 3]
     depths = depths[depths > 0]
     if len(depths) < 2:
         raise UserError(f"{view.name}: the COLMAP model has no points in front of this view, so its near and far depth are unknown")
@@ -144,6 +149,17 @@ def write_colmap(folder: str | os.PathLike, scene: Scene) -> None:
     model.write_text(str(place))
 
 
+@contextmanager
+def _quiet(pycolmap: ModuleType) -> Iterator[None]:
+    """Without the log lines of every photo."""
+    before = pycolmap.logging.minloglevel
+    pycolmap.logging.minloglevel = int(pycolmap.logging.Level.ERROR)
+    try:
+        yield
+    finally:
+        pycolmap.logging.minloglevel = before
+
+
 class Motion(NamedTuple):
     """What structure from motion found."""
 
@@ -164,7 +180,7 @@ def structure_from_motion(pictures: Path, names: tuple[str, ...], threads: int =
     """
     pycolmap = require_pycolmap()
     pycolmap.set_random_seed(seed)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _quiet(pycolmap), tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / "database.db"
         extraction = pycolmap.FeatureExtractionOptions()
         extraction.num_threads = threads
