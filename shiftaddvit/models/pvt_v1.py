@@ -67,10 +67,10 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches side by side to tokens; `grid_size` is the grid that the model's position embedding is made for."""
 
-    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, dim: int):
+    def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, dim: int):
         super().__init__()
-        self.img_size, self.patch_size = img_size, (patch_size, patch_size)
-        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.img_size, self.patch_size = img_size, patch_size
+        self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim)
@@ -84,13 +84,14 @@ class PyramidVisionTransformer(nn.Module):
     """Four stages of transformer blocks on grids of 1/4, 1/8, 1/16 and 1/32 of the image; a class token in the last one.
 
     Other image sizes than `img_size` are taken too: position embeddings are interpolated (bilinear) in the forward. Every stage's grid
-    must be at least its spatial reduction: 32 pixels a side for the published ones. Raises UserError for a smaller image.
+    must be at least its spatial reduction: 32 pixels a side for the published ones. Raises UserError for a smaller image. A grid that
+    is no multiple of its reduction gives no keys for its last rows and columns, as in the published code.
     """
 
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 4,
+        patch_size: int | tuple[int, int] = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
@@ -112,12 +113,16 @@ class PyramidVisionTransformer(nn.Module):
             raise UserError("embed_dims, depths, num_heads, mlp_ratios and sr_ratios must have 4 values each, one a stage")
         if sr_ratios[-1] != 1:
             raise UserError(f"sr_ratios must end with 1 (the class token has no place in the last stage's grid), got {sr_ratios[-1]}")
+        odd = [(dim, heads) for dim, heads in zip(embed_dims, num_heads, strict=True) if dim % heads]
+        if odd:
+            raise UserError(f"embed_dims must be multiples of num_heads, got {odd[0][0]} for {odd[0][1]} heads")
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[-1]
         self.depths, self.sr_ratios, self.num_stages = tuple(depths), tuple(sr_ratios), 4
         self.grad_checkpointing = False
         self.feature_info = []
-        size, side, chans = to_2tuple(img_size), patch_size, in_chans
+        patch = to_2tuple(patch_size)
+        size, side, chans = to_2tuple(img_size), patch, in_chans
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         for i, dim in enumerate(embed_dims):
             embed = PatchEmbed(size, side, chans, dim)
@@ -129,8 +134,8 @@ class PyramidVisionTransformer(nn.Module):
             setattr(self, f"patch_embed{i + 1}", embed)
             setattr(self, f"pos_embed{i + 1}", nn.Parameter(torch.zeros(1, embed.num_patches + (i == 3), dim)))
             setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"block{i + 1}"})
-            size, side, chans = embed.grid_size, 2, dim
+            self.feature_info.append({"num_chs": dim, "reduction": patch[0] * 2**i, "module": f"block{i + 1}"})
+            size, side, chans = embed.grid_size, (2, 2), dim
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.norm = BlockNorm(self.embed_dim)
@@ -147,6 +152,11 @@ class PyramidVisionTransformer(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @property
+    def patch_embed(self) -> PatchEmbed:
+        """The first stage's, which knows the image and patch size, under timm's name."""
+        return self.patch_embed1
 
     def no_weight_decay(self) -> set[str]:
         """The class token, as in the published code, which does decay the position embeddings."""
@@ -181,7 +191,7 @@ class PyramidVisionTransformer(nn.Module):
         """Tokens after stage i (1 to 4) and their grid; the last stage's have the class token in front."""
         embed, position = getattr(self, f"patch_embed{i}"), getattr(self, f"pos_embed{i}")
         image = tuple(x.shape[2:])
-        x, grid = embed(x) if min(image) >= embed.patch_size[0] else (x, (0, 0))
+        x, grid = embed(x) if image[0] >= embed.patch_size[0] and image[1] >= embed.patch_size[1] else (x, (0, 0))
         _check_grid(grid, self.sr_ratios[i - 1], i, f"an input of {image} to its patch embedding")
         if i == 4:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
