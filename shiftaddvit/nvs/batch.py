@@ -59,7 +59,7 @@ def draw_batch(scenes: list[TrainingScene], step: int, seed: int, rays: int, sou
 
 
 def _source_places(bank: SourceBank, place: int, sources: int, jitter: int, choose: random.Random) -> list[int]:
-    near = bank.order(bank.poses[place], without=bank.views[place])
+    near = bank.order(bank.places[place], without=bank.views[place])
     factor = choose.choices((1, 2, 3), weights=(0.2, 0.45, 0.35))[0]
     count = max(1, min(len(near), sources + choose.randint(-jitter, jitter)))
     return choose.sample(near[: count * factor], count)

@@ -18,7 +18,7 @@ class HeldOut:
     """Some pixels of each held-out view."""
 
     views: tuple[tuple[Rays, Float[Tensor, "R 3"], Float[Tensor, "4 4"]], ...]
-    """Rays, their true colours, and the pose."""
+    """Rays and their true colours on the device, and the pose on the CPU."""
 
     @classmethod
     def of(cls, scene: Scene, device: torch.device | str, pixels: int = 4096) -> "HeldOut | None":
@@ -32,7 +32,7 @@ class HeldOut:
             rays = camera_rays(scene.camera(view), *scene.depth_range)
             chosen = Rays(*(part[index].to(device) for part in rays[:3]), rays.near, rays.far)
             colors = scene.images[view].reshape(-1, 3)[index].float().div(255).to(device)
-            views.append((chosen, colors, scene.poses[view].float().to(device)))
+            views.append((chosen, colors, scene.poses[view]))
         return cls(tuple(views))
 
     @torch.no_grad()

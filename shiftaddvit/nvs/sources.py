@@ -1,6 +1,6 @@
 """What a model is asked and what it may look at: rays, and the source views with their features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -82,6 +82,8 @@ class SourceBank:
     images: Float[Tensor, "V 3 H W"]
     intrinsics: Float[Tensor, "V 3 3"]
     poses: Float[Tensor, "V 4 4"]
+    places: Float[Tensor, "V 4 4"]
+    """The poses again, on the CPU, so that choosing views never waits for the device."""
     features: Float[Tensor, "V C h w"] | None = None
 
     def select(self, places: list[int]) -> Sources:
@@ -92,7 +94,7 @@ class SourceBank:
 
     def order(self, pose: Float[Tensor, "4 4"], without: int | None = None) -> list[int]:
         """Places from the nearest view to the farthest, leaving out scene view `without`."""
-        places = nearest_views(pose.to(self.poses), self.poses).tolist()
+        places = nearest_views(pose.to(self.places), self.places).tolist()
         return [place for place in places if self.views[place] != without]
 
 
@@ -100,7 +102,8 @@ def make_bank(scene: Scene, views: tuple[int, ...], device: torch.device | str) 
     """The views on the device as float32, without features."""
     chosen = list(views)
     images = scene.images[chosen].to(device).permute(0, 3, 1, 2).float().div_(255).contiguous()
-    return SourceBank(views, images, scene.intrinsics[chosen].float().to(device), scene.poses[chosen].float().to(device))
+    poses = scene.poses[chosen]
+    return SourceBank(views, images, scene.intrinsics[chosen].float().to(device), poses.float().to(device), poses.cpu())
 
 
 @torch.no_grad()
@@ -109,4 +112,4 @@ def encode_bank(bank: SourceBank, model: ViewModel) -> SourceBank:
     features = [model.encode(image[None]) for image in bank.images]
     if features[0] is None:
         return bank
-    return SourceBank(bank.views, bank.images, bank.intrinsics, bank.poses, torch.cat(features))
+    return replace(bank, features=torch.cat(features))
