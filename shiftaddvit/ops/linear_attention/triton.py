@@ -17,9 +17,8 @@ def encode_tile(tokens: int, width: int, d: int, experts: int, device: torch.dev
     found = tuned(device, key(f"encode{experts}", tokens, width, d))
     if found:
         return found
-    wide = d > 32 and experts == 2
     rows = 64 if tokens > 32 else next_power(tokens)
-    return Tile(rows, 16, min(64, next_power(width, 32)), 8 if wide else 4, 1 if width <= 64 else 2)
+    return Tile(rows, 16, 64 if d <= 32 and experts == 1 and width >= 64 else 32, 8)
 
 
 def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
@@ -27,9 +26,12 @@ def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: 
     found = tuned(device, key(f"mix{experts}", batch, tokens, width, d))
     if found:
         return found
-    start = Tile(64 if tokens > 32 else next_power(tokens), min(128, next_power(width)), max(1, 8192 // (d * d)))
+    # Heads of 64 and more need registers for their context: half the rows.
+    rows = 64 if d <= 32 else 32
+    start = Tile(min(rows, next_power(tokens)), min(128, next_power(width)), 1)
     tile = fill(start, batch * tokens, width, device)
-    return Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n * experts >= 128 * 128 else 4)
+    warps = 4 if tile.n == 32 and d <= 32 else 8
+    return Tile(tile.m, tile.n, max(1, warps * 1024 // (d * d)), warps)
 
 
 def encode(
