@@ -31,7 +31,7 @@ from shiftaddvit.reparam import Recipe, recipes
 from shiftaddvit.train.guard import NotFinite
 
 TINY = GNTConfig(width=16, depth=2, samples=6, sources=3, feature_channels=4, feature_base=4)
-SHORT = NvsTrainConfig(steps=6, rays=16, check_every=3, warmup_steps=2, source_jitter=1)
+SHORT = NvsTrainConfig(steps=6, rays=16, check_every=3, warmup_steps=2, source_jitter=1, measure_latency=False)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_chunks_of_a_step_change_no_gradient(scene):
     for chunk in (16, 5):
         model = tiny(config=replace(TINY, dropout=0.0)).eval()
         batch = draw_batch([one], 0, 0, 16, 3, 0)
-        add_gradients(model, batch, 0, "fp32", 0.0, chunk)
+        add_gradients(model, batch, 0, "fp32", None, chunk)
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
@@ -217,6 +217,19 @@ def test_every_row_converts_trains_and_loads(row, scene, tmp_path):
     assert torch.equal(again.net_coarse(*seen(again))[0], expected)
     save_model(model, tmp_path / "packed.safetensors", packed=True)
     assert torch.equal(load_model(tmp_path / "packed.safetensors").net_coarse(*seen(again))[0], expected)
+
+
+def test_the_balance_loss_reaches_the_routers_and_costs_are_measured(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    results = []
+    for weight in (0.0, 10.0):
+        torch.manual_seed(0)
+        model = reparameterize_gnt(tiny(), "gnt-add-shift-moe")
+        config = replace(SHORT, steps=2, balance_weight=weight, measure_latency=True)
+        train(model, [scene], tmp_path / str(weight), config, show=False)
+        results.append(model.net_coarse.view_crosstrans[0].ff.fc1)
+    assert not torch.equal(results[0].router.weight, results[1].router.weight)
+    assert results[1].latency.sum().item() == pytest.approx(1) and results[1].latency[0] != results[1].latency[1]
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -2,17 +2,29 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shiftaddvit.layers.router import Routing, record_routing
+from shiftaddvit.layers.router import Routing
 from shiftaddvit.losses import balance_loss
-from shiftaddvit.train.latency import expert_costs
+from shiftaddvit.train.latency import measure_expert_latency, set_expert_costs
 
 from .batch import Batch
-from .sources import RayColors
+from .sources import RayColors, Rays, Sources
+
+
+class Balance(NamedTuple):
+    """What the balance loss of a model with mixtures needs."""
+
+    records: Mapping[str, Routing]
+    """Filled at every forward by `record_routing`."""
+    costs: Mapping[str, Tensor]
+    """Relative cost of every expert, by mixture."""
+    weight: float
+    """λ."""
 
 
 def precision_context(device: torch.device | str, precision: str) -> AbstractContextManager:
@@ -22,7 +34,7 @@ def precision_context(device: torch.device | str, precision: str) -> AbstractCon
     return nullcontext()
 
 
-def add_gradients(model: nn.Module, batch: Batch, seed: int, precision: str, balance_weight: float, chunk: int) -> Float[Tensor, ""]:
+def add_gradients(model: nn.Module, batch: Batch, seed: int, precision: str, balance: Balance | None, chunk: int) -> Float[Tensor, ""]:
     """Add the gradients of the batch's mean squared error (and balance loss) to the parameters; returns the squared error, detached.
 
     The feature net runs once and its gradient is gathered over the chunks. Everything random follows from `seed`, so a step that ran
@@ -38,15 +50,16 @@ def add_gradients(model: nn.Module, batch: Batch, seed: int, precision: str, bal
             sources = sources._replace(features=features.detach().requires_grad_())
     total = torch.zeros((), device=device)
     rays = len(batch.target)
-    costs = expert_costs(model) if balance_weight else {}
     for start in range(0, rays, chunk):
         target = batch.target[start : start + chunk]
-        with record_routing(model) if costs else nullcontext({}) as records, precision_context(device, precision):
+        with precision_context(device, precision):
             colors = model(batch.rays.chunk(start, chunk), sources)
         share = len(target) / rays
         loss = squared_error(colors, target)
+        if balance is not None:
+            loss = loss + balance.weight * balance_loss(balance.records, balance.costs)
         total += share * (colors.rgb.detach() - target).square().mean()
-        (share * (loss + _balance(records, costs, balance_weight))).backward()
+        (share * loss).backward()
     if features is not None and sources.features.grad is not None:
         features.backward(sources.features.grad.to(features.dtype))
     return total
@@ -58,5 +71,20 @@ def squared_error(colors: RayColors, target: Float[Tensor, "R 3"]) -> Float[Tens
     return loss if colors.coarse is None else loss + (colors.coarse - target).square().mean()
 
 
-def _balance(records: Mapping[str, Routing], costs: Mapping[str, Tensor], weight: float) -> Tensor | float:
-    return weight * balance_loss(records, costs) if costs else 0.0
+class _Asked(nn.Module):
+    """A view model whose question is fixed, for code that calls a model with one tensor."""
+
+    def __init__(self, model: nn.Module, rays: Rays, sources: Sources):
+        super().__init__()
+        self.model, self.rays, self.sources = model, rays, sources
+
+    def forward(self, _: Tensor) -> RayColors:
+        return self.model(self.rays, self.sources)
+
+
+def measure_costs(model: nn.Module, batch: Batch, rays: int = 256) -> None:
+    """Time both experts of every mixture on this device, at the shape that `rays` rays give them, and store the costs in the mixtures."""
+    with torch.no_grad():
+        sources = batch.sources._replace(features=model.encode(batch.sources.images))
+    asked = _Asked(model, batch.rays.chunk(0, rays), sources)
+    set_expert_costs(asked, measure_expert_latency(asked, batch.target))

@@ -12,18 +12,20 @@ from torch import nn
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
+from shiftaddvit.layers.router import record_routing
 from shiftaddvit.train.guard import NotFinite
+from shiftaddvit.train.latency import expert_costs
 from shiftaddvit.train.optim import parameter_groups
 from shiftaddvit.train.progress import TrainingProgress
 from shiftaddvit.train.run_folder import CHECKPOINT, MODEL, RunFolder, told_when_full
 
-from .batch import TrainingScene, draw_batch, step_seed
+from .batch import Batch, TrainingScene, draw_batch, step_seed
 from .check import HeldOut
 from .gnt import GNT
 from .memory import Chunk, first_chunk
 from .scene import Scene, check_sources
 from .state import kind_of, save_model
-from .step import add_gradients
+from .step import Balance, add_gradients, measure_costs
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class NvsTrainConfig:
     """Learning rate of shift exponents and signs relative to `lr`: they live in log2 units."""
     balance_weight: float = 0.01
     """λ of the latency-aware balance loss, for models with mixtures."""
+    measure_latency: bool = True
+    """Measure both experts of each mixture on this device for the balance loss; otherwise they count as equal."""
     clip_grad: float = 1.0
     """Largest gradient norm; 0 leaves it."""
     source_jitter: int = 2
@@ -55,7 +59,7 @@ class NvsTrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16; geometry, encodings, softmax and norms in float32."""
     compile: bool = False
-    """torch.compile the transformer and the feature net."""
+    """torch.compile the transformer and the feature net (not with mixtures, whose routing is recorded as it happens)."""
     seed: int = 0
     """Of everything random: a resumed run equals one that never stopped, on the same CPU."""
     check_every: int = 1000
@@ -150,7 +154,8 @@ class _Training:
         self.chunk = Chunk(min(config.rays, first_chunk(model.bytes_per_ray(True), device)))
         self.held_out = HeldOut.of(scenes[0].scene, device)
         self.step, self.seconds = 0, 0.0
-        if config.compile:
+        self.balance: Balance | None = None
+        if config.compile and not expert_costs(model):
             for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
                 part.compile()
 
@@ -158,7 +163,12 @@ class _Training:
         if going_on:
             self._restore()
         total = self.config.steps if self.config.minutes is None else math.ceil(60 * self.config.minutes)
-        with TrainingProgress("train", total, self._done(), show) as progress:
+        mixtures = bool(expert_costs(self.model)) and self.config.balance_weight > 0
+        if mixtures and self.config.measure_latency and not going_on:
+            measure_costs(self.model, self._batch())
+        with TrainingProgress("train", total, self._done(), show) as progress, record_routing(self.model) as records:
+            if mixtures:
+                self.balance = Balance(records, expert_costs(self.model), self.config.balance_weight)
             result = self._loop(progress)
         self.folder.write_result(asdict(result) | {"conditions": conditions(self.device, seed=self.config.seed)})
         return result
@@ -189,12 +199,12 @@ class _Training:
         factor = config.lr_factor(self.step, self._progress())
         for group, lr in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = lr * factor
-        batch = draw_batch(self.scenes, self.step, config.seed, config.rays, self.model.sources, config.source_jitter)
+        batch = self._batch()
         seed = step_seed(config.seed, self.step)
 
         def work(rays: int) -> torch.Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            return add_gradients(self.model, batch, seed, config.precision, config.balance_weight, rays)
+            return add_gradients(self.model, batch, seed, config.precision, self.balance, rays)
 
         error = self.chunk.attempt(work)
         if config.clip_grad:
@@ -202,6 +212,10 @@ class _Training:
         self.optimizer.step()
         self.step += 1
         return error
+
+    def _batch(self) -> Batch:
+        config = self.config
+        return draw_batch(self.scenes, self.step, config.seed, config.rays, self.model.sources, config.source_jitter)
 
     def _look(self, error: float) -> TrainResult:
         if not math.isfinite(error):
