@@ -1,0 +1,13 @@
+"""Energy on an analytical model of the Eyeriss accelerator: mode `eyeriss`, ours, and mode `paper`, as published."""
+
+from .estimate import Settings, cost_operations, energy, expert_energies
+from .eyeriss import BitWidths
+from .operations import Nest, Stream
+from .paper import NoMapping
+from .result import Energy, LayerEnergy
+from .units import Units, load_units
+
+__all__ = [
+    "BitWidths", "Energy", "LayerEnergy", "Nest", "NoMapping", "Settings", "Stream", "Units", "cost_operations", "energy",
+    "expert_energies", "load_units",
+]  # fmt: skip
