@@ -159,7 +159,36 @@ def linear_attention():
                 )  # fmt: skip
 
 
-OPS = {"linear_attention": linear_attention, "matshift": matshift, "fused_mlp": fused_mlp}
+def patch_embed():
+    from shiftaddvit.ops.patch_embed import triton as kernels
+
+    half, single = torch.float16, torch.float32
+    for batch in (1, 256):
+        for c, side, n, kernel, stride, padding in ((3, 224, 32, 7, 4, 3), (32, 56, 64, 3, 2, 1), (160, 14, 256, 3, 2, 1), (3, 224, 192, 16, 16, 0)):
+            planes, norm = c == 3, kernel < 16
+            x = meta(batch, c, side, side, dtype=half) if planes else meta(batch, side * side, c, dtype=half)
+            yield f"patch_embed {batch}x{c}x{side} k{kernel}", lambda x=x, n=n, c=c, k=kernel, s=stride, p=padding, z=side, q=planes, g=norm: (
+                kernels.patch_embed(
+                    x, meta(n, c * k * k, dtype=half), meta(n, dtype=single), meta(n, dtype=single) if g else None,
+                    meta(n, dtype=single) if g else None, 1e-6, None, None, z, z, k, s, p, q,
+                )
+            )  # fmt: skip
+
+
+def moe_linear():
+    from shiftaddvit.ops.moe_linear import triton as kernels
+
+    half, single = torch.bfloat16, torch.float32
+    for m, k, n in ((100352, 64, 512), (50176, 320, 1280), (50176, 1280, 320), (196, 160, 640)):
+        w, bias, index = meta(2, n, k, dtype=half), meta(2, n, dtype=single), meta(m, dtype=torch.int64)
+        yield f"dual {m}x{k}x{n}", lambda m=m, k=k, w=w, b=bias, i=index: kernels.dual(meta(m, k), i, meta(m, dtype=single), w, b)
+        yield f"order {m}x{k}x{n}", lambda m=m, k=k: kernels.order_rows(meta(m, k), None, meta(2, k, dtype=single))
+        yield f"partition {m}x{k}x{n}", lambda m=m, k=k, w=w, b=bias: kernels.partition(
+            meta(m, k), meta(m, dtype=torch.int32), meta(m // 512 + 1, dtype=torch.int32), None, w, b
+        )
+
+
+OPS = {"moe_linear": moe_linear, "patch_embed": patch_embed, "linear_attention": linear_attention, "matshift": matshift, "fused_mlp": fused_mlp}
 
 
 def main(names: list[str]) -> None:

@@ -1,0 +1,81 @@
+"""Patch embedding: convolution, LayerNorm, class tokens and positions in one kernel, from a picture or from tokens. For inference."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shiftaddvit.errors import UserError
+
+from ..backends import Backend, choose_backend, same_device
+from . import reference
+
+
+def patch_embed(
+    x: Tensor,
+    weight: Float[Tensor, "out in kernel kernel"],
+    bias: Float[Tensor, "out"] | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    size: tuple[int, int] | None = None,
+    norm: tuple[Float[Tensor, "out"], Float[Tensor, "out"]] | None = None,
+    eps: float = 1e-6,
+    prefix: Float[Tensor, "P out"] | None = None,
+    position: Float[Tensor, "tokens out"] | None = None,
+    pdl: bool = False,
+    backend: Backend = "auto",
+) -> Float[Tensor, "B tokens out"]:
+    """Tokens (B, P + H'·W', out) of [LayerNorm](conv(x)) behind the P prefix rows, plus `position`.
+
+    x is a picture (B, in, H, W) of any float dtype, or tokens (B, H·W, in) with `size` = (H, W). The result has the dtype of `weight`.
+    """
+    planes = size is None
+    if x.dim() != (4 if planes else 3):
+        raise UserError(f"x must be (B, in, H, W), or (B, H·W, in) with size=(H, W), got {tuple(x.shape)} and size={size}")
+    height, width = x.shape[2:] if planes else size
+    channels = x.shape[1] if planes else x.shape[2]
+    if not planes and x.shape[1] != height * width:
+        raise UserError(f"x has {x.shape[1]} tokens but size={size} means {height * width}")
+    if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[2] != weight.shape[3]:
+        raise UserError(f"weight must be (out, {channels}, k, k), got {tuple(weight.shape)}")
+    kernel, outputs = weight.shape[2], weight.shape[0]
+    rows, columns = (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
+    if rows < 1 or columns < 1:
+        raise UserError(f"a {height}×{width} picture with padding {padding} has no {kernel}×{kernel} patch")
+    tokens = rows * columns + (prefix.shape[0] if prefix is not None else 0)
+    if prefix is not None and prefix.shape[1:] != (outputs,):
+        raise UserError(f"prefix must be (P, {outputs}), got {tuple(prefix.shape)}")
+    if position is not None and position.shape != (tokens, outputs):
+        raise UserError(f"position must be ({tokens}, {outputs}), got {tuple(position.shape)}")
+    same_device(x=x, weight=weight, bias=bias, prefix=prefix, position=position)
+    flat = (weight if planes else weight.permute(0, 2, 3, 1)).reshape(outputs, -1).contiguous()
+    return torch.ops.shiftaddvit.patch_embed(
+        x.contiguous(), flat, bias, *(norm or (None, None)), eps, prefix.contiguous() if prefix is not None else None,
+        position.contiguous() if position is not None else None, height, width, kernel, stride, padding, planes, pdl, backend,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "shiftaddvit::patch_embed",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? prefix, "
+    "Tensor? position, SymInt height, SymInt width, int kernel, int stride, int padding, bool planes, bool pdl, str backend) -> Tensor",
+)
+def _patch_embed(
+    x, weight, bias, norm_weight, norm_bias, eps, prefix, position, height, width, kernel, stride, padding, planes, pdl, backend
+):
+    arguments = (
+        x, weight, bias, norm_weight, norm_bias, eps, prefix, position, height, width, kernel, stride, padding, planes,
+    )  # fmt: skip
+    if choose_backend(backend, x) == "triton":
+        from . import triton as kernels
+
+        return kernels.patch_embed(*arguments, pdl)
+    return reference.patch_embed(*arguments)
+
+
+@_patch_embed.register_fake
+def _(
+    x, weight, bias, norm_weight, norm_bias, eps, prefix, position, height, width, kernel, stride, padding, planes, pdl, backend
+):
+    rows, columns = (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
+    return weight.new_empty(x.shape[0], (0 if prefix is None else prefix.shape[0]) + rows * columns, weight.shape[0])
