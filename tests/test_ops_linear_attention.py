@@ -8,8 +8,8 @@ from ops_checks import error, poisoned_outputs
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import AngularAttention, AngularConfig, BinaryConfig
+from shiftaddvit.ops.bits import pack_bits, unpack_bits
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
-from shiftaddvit.ops.linear_attention.reference import pack_bits, unpack_bits
 
 BACKENDS = ("reference", "triton")
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bits import pack_bits, unpack_bits
 from ..fused_mlp.reference import experts
 
 
@@ -88,16 +89,3 @@ def binary(x: Float[Tensor, "B h N d"], level: Float[Tensor, "h"] | None, rule: 
     limits = {"token": x.mean(-1, keepdim=True), "zero": torch.zeros_like(length)}
     limit = level.to(x.dtype).reshape(-1, 1, 1) * length if rule == "given" else limits[rule]
     return torch.where(x > limit, 1.0, -1.0 if codes == "plus-minus" else 0.0).to(x.dtype)
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """Bools (…, d) as int32 words (…, ⌈d/32⌉), bit i in word i // 32 at place i mod 32."""
-    d = bits.shape[-1]
-    padded = F.pad(bits.long(), (0, -d % 32)).unflatten(-1, (-1, 32))
-    words = (padded << torch.arange(32, device=bits.device)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def unpack_bits(words: Tensor, d: int) -> Tensor:
-    """The inverse: int32 words (…, ⌈d/32⌉) as integers 0 and 1 (…, d)."""
-    return ((words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1).flatten(-2)[..., :d]
