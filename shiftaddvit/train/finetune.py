@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
-from shiftaddvit.evaluate import Evaluation, evaluate
+from shiftaddvit.evaluation import Evaluation, evaluate
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
 from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
 from shiftaddvit.reparam.stages import converts_attention, converts_linears, to_attention_stage, to_linear_stage
@@ -85,7 +85,7 @@ def finetune(
 def plan_stages(model: nn.Module, config: FinetuneConfig) -> tuple[StageConfig, ...]:
     """The stages that change something for this model; a skipped stage's epochs go to the next one (or the one before)."""
     if not hasattr(model, "shiftaddvit_recipe"):
-        return tuple(replace(stage, primitives="dense") for stage in config.stages)
+        return (_merged(config.stages, "dense"),)
     useful = []
     carried = 0
     for stage in config.stages:
@@ -96,10 +96,15 @@ def plan_stages(model: nn.Module, config: FinetuneConfig) -> tuple[StageConfig, 
         else:
             carried += stage.epochs
     if not useful:
-        return tuple(replace(stage, primitives="all") for stage in config.stages)
+        return (_merged(config.stages, "all"),)
     if carried:
         useful[-1] = replace(useful[-1], epochs=useful[-1].epochs + carried)
     return tuple(useful)
+
+
+def _merged(stages: tuple[StageConfig, ...], primitives: str) -> StageConfig:
+    """One stage as long as all of them, so that a control gets the same training as a converted model."""
+    return replace(stages[0], primitives=primitives, epochs=sum(stage.epochs for stage in stages))
 
 
 class _Session:

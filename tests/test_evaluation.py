@@ -19,8 +19,8 @@ from shiftaddvit.data.loaders import NOT_READ
 from shiftaddvit.data.order import Shard
 from shiftaddvit.data.resident import ResidentLoader
 from shiftaddvit.errors import UserError
-from shiftaddvit.evaluate import Evaluation, compare, evaluate
-from shiftaddvit.evaluate.accuracy import mcnemar, wilson_interval
+from shiftaddvit.evaluation import Evaluation, compare, evaluate
+from shiftaddvit.evaluation.accuracy import mcnemar, wilson_interval
 
 
 class Reader(nn.Module):

@@ -1,5 +1,5 @@
 """How good a model is, and whether two differ."""
 
-from shiftaddvit.evaluate.accuracy import Evaluation, Paired, compare, evaluate
+from shiftaddvit.evaluation.accuracy import Evaluation, Paired, compare, evaluate
 
 __all__ = ["Evaluation", "Paired", "compare", "evaluate"]
