@@ -59,8 +59,8 @@ def _folder() -> Path:
 def quickstart(
     output: Path,
     row: str = "gnt-add-shift-moe",
-    train_minutes: float = 1.7,
-    tune_minutes: float = 0.6,
+    train_minutes: float = 1.5,
+    tune_minutes: float = 0.5,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
 ) -> QuickstartResult:

@@ -180,11 +180,13 @@ class _Training:
             start = time.monotonic()
             errors += self._one_step()
             since += 1
+            self.seconds += time.monotonic() - start
             due = self.step % self.config.check_every == 0 or self._finished()
             if due:
+                start = time.monotonic()
                 result = self._look(errors.item() / since)
                 errors, since = torch.zeros((), device=self.device), 0
-            self.seconds += time.monotonic() - start
+                self.seconds += time.monotonic() - start
             while progress.done < min(self._done(), progress.total):
                 progress.step()
             if due:
