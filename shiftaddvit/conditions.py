@@ -38,10 +38,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit ("+" when it has uncommitted changes), or None outside a checkout of this project."""
+    """The checkout's commit ("+" when it has uncommitted changes); outside a checkout what SHIFTADDVIT_COMMIT says, or None."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("SHIFTADDVIT_COMMIT")
     try:
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)

@@ -72,7 +72,7 @@ class FinetuneConfig:
     log_every: int = 50
     """Steps between log lines; on a GPU also between checks for a loss that is not finite."""
     checkpoint_minutes: float = 5.0
-    """Longest time between checkpoints inside an epoch; every epoch's end has one."""
+    """Longest time between checkpoints; every stage's end has one too."""
     evaluate_every: int = 1
     """Epochs between evaluations; 0 evaluates at the end only."""
     tensorboard: bool = False

@@ -136,14 +136,15 @@ class _Loop:
                 last = position.step == self.steps
                 if len(self.losses) >= check_every or last:
                     self.check(images, position, progress, position.step % run.config.log_every == 0 or last)
-                if asked() or (not last and time.monotonic() - self.saved > 60 * run.config.checkpoint_minutes):
+                if asked() or (not last and self.checkpoint_due()):
                     self.check(images, position, progress, True)
                     self.save(position)
                     if asked():
                         raise Interrupted
             position.epoch, position.step = position.epoch + 1, 0
             progress.epoch(run.evaluate(self.ema.module if self.ema is not None else run.model, position))
-            self.save(position)
+            if position.epoch == run.stage.epochs or self.checkpoint_due():
+                self.save(position)
             self.since, self.images = time.monotonic(), 0
 
     def train_step(self, images: Tensor, targets: Tensor, position: Position) -> None:
@@ -204,9 +205,13 @@ class _Loop:
         place = {"stage": position.stage, "epoch": position.epoch, "step": position.step}
         self.run_.log({**event, **place, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate})
 
+    def checkpoint_due(self) -> bool:
+        return time.monotonic() - self.saved > 60 * self.run_.config.checkpoint_minutes
+
     def save(self, position: Position) -> None:
         """A checkpoint, unless a parameter is no longer finite."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.run_.model.parameters()):
+        largest = torch._foreach_norm([p.detach() for p in self.run_.model.parameters()], float("inf"))
+        if not torch.isfinite(torch.stack(largest)).all():
             name = first_broken_layer(self.run_.model, torch.empty(0))
             raise NotFinite(f"{name} is not finite at epoch {position.epoch}, step {position.step}; the last good checkpoint is kept")
         scaler = self.run_.accelerator.scaler
