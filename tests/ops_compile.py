@@ -188,7 +188,31 @@ def moe_linear():
         )
 
 
-OPS = {"moe_linear": moe_linear, "patch_embed": patch_embed, "linear_attention": linear_attention, "matshift": matshift, "fused_mlp": fused_mlp}
+def matadd():
+    from shiftaddvit.ops.matadd import triton as kernels
+
+    for batch, heads, tokens, r, d, dtype in (
+        (1, 1, 3136, 16, 32, torch.float16), (32, 2, 784, 16, 32, torch.float16), (32, 1, 3136, 16, 32, torch.float32),
+        (32, 6, 197, 64, 64, torch.bfloat16),
+    ):  # fmt: skip
+        words, values = meta(batch, heads, tokens, -(-r // 32), dtype=torch.int32), meta(batch, heads, tokens, d, dtype=dtype)
+        yield f"key_value {batch}x{heads}x{tokens} r{r}", lambda w=words, v=values, r=r: kernels.key_value(w, v, r, 0.0, 1.0)
+        context = meta(batch, heads, r, d, dtype=dtype)
+        yield f"query_context {batch}x{heads}x{tokens} r{r}", lambda w=words, c=context: kernels.query_context(w, c, 0.0, 1.0)
+    yield "pack", lambda: kernels.pack(meta(32, 1, 3136, 16), 0.5)
+
+
+def adder():
+    from shiftaddvit.ops.adder import triton as kernels
+
+    single = torch.float32
+    for m, k, n in ((100352, 64, 512), (196, 160, 640)):
+        x, w, g = meta(m, k, dtype=single), meta(n, k, dtype=single), meta(m, n, dtype=single)
+        yield f"adder {m}x{k}x{n}", lambda x=x, w=w: kernels.distance(x, w)
+        yield f"adder grad {m}x{k}x{n}", lambda x=x, w=w, g=g: kernels.grad_x(x, w, g)
+
+
+OPS = {"matadd": matadd, "adder": adder, "moe_linear": moe_linear, "patch_embed": patch_embed, "linear_attention": linear_attention, "matshift": matshift, "fused_mlp": fused_mlp}
 
 
 def main(names: list[str]) -> None:

@@ -97,7 +97,7 @@ def key_value(words: Tensor, values: Tensor, r: int, low: float, high: float) ->
     rows = batch * heads
     # One program a head sums all its tokens in one launch; only few heads of many tokens are worth a second pass over parts.
     parts = max(1, min(processors(values.device) // max(rows, 1), n // 8192))
-    block = 256 if d <= 32 else 128
+    block = 256 if d <= 32 and values.dtype != torch.float32 else 128
     per_part = triton.cdiv(triton.cdiv(n, parts), block) * block
     wide = torch.float32 if parts > 1 else values.dtype
     out = torch.empty(parts, batch, heads, r, d, dtype=wide, device=values.device)
@@ -105,7 +105,7 @@ def key_value(words: Tensor, values: Tensor, r: int, low: float, high: float) ->
         key_value_kernel[(rows * parts,)](
             words, values, out, n, heads, parts, per_part, d, values.stride(0), values.stride(1), values.stride(2),
             R=r, RP=next_power(r), WORDS=words.shape[-1], LOW=low, HIGH=high, PRECISION=_precision(values), DP=next_power(d),
-            BT=block, STAGES=3, num_warps=8 if r * d > 2048 else 4,
+            BT=block, STAGES=3, num_warps=8 if r * d > 2048 or values.dtype == torch.float32 else 4,
         )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(values.dtype)
 
