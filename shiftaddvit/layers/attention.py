@@ -40,8 +40,10 @@ class AngularConfig:
     """½ v_i (published code), ½ of the mean of v (the derivation, divided by N), or nothing."""
     context: Literal["sum", "mean"] = "mean"
     """Σ_j k_jᵀ v_j as it is, or divided by the number of tokens."""
-    output_norm: Literal["l2", "none"] = "l2"
-    """Divide each head's output by its length, or leave it."""
+    output_norm: Literal["l2", "similarity", "none"] = "l2"
+    """Divide each head's output by its length; by the sum of the similarities, which makes it a weighted mean of v; or leave it."""
+    unit_codes: bool = False
+    """Divide products of codes by their width (a shift), so that ±1 codes act as the unit vectors that the angular kernel is about."""
     token_conv: int = 9
     """Window in tokens, in raster order, of the depthwise convolution of v, one filter a head; 0 leaves it out."""
     prefix_in_conv: bool = False
@@ -55,7 +57,7 @@ class AngularConfig:
         for field, allowed in (
             ("local", ("own", "mean", "none")),
             ("context", ("sum", "mean")),
-            ("output_norm", ("l2", "none")),
+            ("output_norm", ("l2", "similarity", "none")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"AngularConfig.{field} must be one of {allowed}, got {getattr(self, field)!r}")
@@ -191,16 +193,20 @@ class AngularAttention(nn.Module):
         # Sums over thousands of tokens leave the range of half precision.
         with torch.autocast(v.device.type, enabled=False):
             q, k, values = q.float(), k.float(), v.float()
-            context = self.key_value(k.transpose(-2, -1), values)
-            if config.context == "mean":
-                context = context / v.shape[-2]
-            output = self.query_context(q, context) / math.pi
+            tokens, width = k.shape[-2:]
+            scale = 1 / (width if config.unit_codes and self.add is not None else 1)
+            scale = scale / (tokens if config.context == "mean" else 1)
+            context = self.key_value(k.transpose(-2, -1), values) * (scale / math.pi)
+            output = self.query_context(q, context)
             if config.local == "own":
                 output = output + values / 2
             elif config.local == "mean":
                 output = output + values.mean(dim=-2, keepdim=True) / 2
             if config.output_norm == "l2":
                 output = unit(output)
+            elif config.output_norm == "similarity":
+                keys = k.sum(dim=-2, keepdim=True) * (scale / math.pi)
+                output = output / (0.5 * (1 if config.context == "mean" else tokens) + (q * keys).sum(dim=-1, keepdim=True))
         output = output.to(v.dtype)
         return output if self.token_conv is None else output + self._convolve(v)
 
