@@ -6,8 +6,9 @@ from .operations import Nest, Stream
 from .paper import NoMapping
 from .result import Energy, LayerEnergy
 from .units import Units, load_units
+from .whatif import Comparison, Sweep, compare, sweep
 
 __all__ = [
-    "BitWidths", "Energy", "LayerEnergy", "Nest", "NoMapping", "Settings", "Stream", "Units", "cost_operations", "energy",
-    "expert_energies", "load_units",
+    "BitWidths", "Comparison", "Energy", "LayerEnergy", "Nest", "NoMapping", "Settings", "Stream", "Sweep", "Units", "compare",
+    "cost_operations", "energy", "expert_energies", "load_units", "sweep",
 ]  # fmt: skip

@@ -93,18 +93,47 @@ def energy(
     """
     settings = Settings(mode, coverage, add_index_bug, stage4_matmuls, word_bits, bits,
                         load_units(units) if isinstance(units, str) else units, tuple(exclude))  # fmt: skip
+    if isinstance(model, str):
+        if images is not None:
+            raise UserError("routing is measured on a network with weights: give the model itself, not its name")
+        if isinstance(recipe, Recipe):
+            raise UserError("a model given by name takes a recipe by name or TOML path; convert the model itself for a Recipe object")
+        return named_energy(model, recipe, settings, shift_share, image_size, batch)
+    if recipe != "dense":
+        raise UserError("recipe goes with the name of a model; convert this one with shiftaddvit.reparameterize(model, recipe) first")
     if images is not None and shift_share is not None:
         raise UserError("give images, whose routing is measured, or shift_share, not both")
-    subject = _subject(model, images, recipe, check_sizes(image_size, batch), batch)
-    if images is not None:
-        if isinstance(model, str):
-            raise UserError("routing is measured on a network with weights: give the model itself, not its name")
-        shares = measured(model, images)
-    elif shift_share is not None:
-        shares = forced(subject.trace.mixtures, shift_share)
-    else:
-        shares = forced(subject.trace.mixtures, 0.5, "assumed")
-    return cost(subject, shares, settings)
+    return model_energy(model, images, settings, shift_share, image_size, batch)
+
+
+def model_energy(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor | Sequence[Tensor]] | None = None,
+    settings: Settings = Settings(),
+    shift_share: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch: int = 1,
+) -> Energy:
+    """`energy` of a network as it is."""
+    size = check_sizes(image_size, batch)
+    if isinstance(images, Tensor) and size is None:
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+    applied = getattr(getattr(model, "shiftaddvit_recipe", None), "name", "") or "as it is"
+    subject = model_subject(model, f"{type(model).__name__}, {applied}", size, batch)
+    return cost(subject, _shares(subject, shift_share) if images is None else measured(model, images), settings)
+
+
+def named_energy(
+    model: str,
+    recipe: str = "dense",
+    settings: Settings = Settings(),
+    shift_share: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch: int = 1,
+) -> Energy:
+    """`energy` of a model and recipe by name."""
+    subject = named_subject(model, recipe, check_sizes(image_size, batch), batch)
+    return cost(subject, _shares(subject, shift_share), settings)
 
 
 def cost(subject: Subject, shares: Shares, settings: Settings) -> Energy:
@@ -154,17 +183,10 @@ def expert_energies(
     return found
 
 
-def _subject(model: nn.Module | str, images: Any, recipe: Recipe | str, size: tuple[int, int] | None, batch: int) -> Subject:
-    if isinstance(model, str):
-        if isinstance(recipe, Recipe):
-            raise UserError("a model given by name takes a recipe by name or TOML path; convert the model itself for a Recipe object")
-        return named_subject(model, recipe, size, batch)
-    if recipe != "dense":
-        raise UserError("recipe goes with the name of a model; convert this one with shiftaddvit.reparameterize(model, recipe) first")
-    if isinstance(images, Tensor) and size is None:
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-    applied = getattr(getattr(model, "shiftaddvit_recipe", None), "name", "") or "as it is"
-    return model_subject(model, f"{type(model).__name__}, {applied}", size, batch)
+def _shares(subject: Subject, shift_share: float | None) -> Shares:
+    if shift_share is None:
+        return forced(subject.trace.mixtures, 0.5, "assumed")
+    return forced(subject.trace.mixtures, shift_share)
 
 
 def _counted(subject: Subject, settings: Settings) -> tuple[list[Operation], list[Uncosted]]:

@@ -23,8 +23,8 @@ class BitWidths:
     """Inputs and outputs of every layer, and both operands of a product of activations."""
     weight: int = 16
     """Weights of multiplication and adder layers."""
-    shift_weight: int = 5
-    """Codes of shift layers, where the layer itself does not say."""
+    shift_weight: int | None = None
+    """Codes of shift layers; None takes what each layer says (5 where none does)."""
     code: int = 1
     """The binary operand of a MatAdd."""
     partial_sum: int = 32
@@ -33,6 +33,8 @@ class BitWidths:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.name == "shift_weight":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
                 raise UserError(f"{field.name} bits must be a whole number from 1 to 64, got {value!r}")
 
@@ -55,7 +57,7 @@ def operand_bits(nest: Nest, bits: BitWidths) -> tuple[int, int, int, int]:
         return bits.code, bits.activation, bits.partial_sum, bits.activation
     if nest.kind == "product":
         return bits.activation, bits.activation, bits.partial_sum, bits.activation
-    weight = nest.weight_bits or (bits.shift_weight if nest.primitive == "shift" else bits.weight)
+    weight = bits.weight if nest.primitive != "shift" else bits.shift_weight or nest.weight_bits or 5
     return bits.activation, weight, bits.partial_sum, bits.activation
 
 
