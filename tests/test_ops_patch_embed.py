@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ops_checks import error, poisoned_outputs
 
 from shiftaddvit.errors import UserError
-from shiftaddvit.ops.patch_embed import patch_embed
+from shiftaddvit.ops.patch_embed import flatten_weight, patch_embed
 
 BACKENDS = ("reference", "triton")
 
@@ -34,6 +34,8 @@ def test_tokens(height, width, channels, outputs, backend):
     with poisoned_outputs():
         y = patch_embed(x, weight, stride=2, padding=1, size=(height, width), backend=backend)
     assert error(y, expected) < 2e-6
+    flat = flatten_weight(weight, planes=False)
+    assert torch.equal(patch_embed(x, flat, None, 2, 1, (height, width), kernel=3, backend=backend), y)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

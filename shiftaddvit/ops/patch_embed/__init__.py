@@ -10,13 +10,19 @@ from ..backends import Backend, choose_backend, same_device
 from . import reference
 
 
+def flatten_weight(weight: Float[Tensor, "out in kernel kernel"], planes: bool) -> Float[Tensor, "out flat"]:
+    """A convolution's weight in the order that `patch_embed` reads: for pictures (`planes`) as it is, for tokens channels last."""
+    return (weight if planes else weight.permute(0, 2, 3, 1)).reshape(weight.shape[0], -1).contiguous()
+
+
 def patch_embed(
     x: Tensor,
-    weight: Float[Tensor, "out in kernel kernel"],
+    weight: Tensor,
     bias: Float[Tensor, "out"] | None = None,
     stride: int = 1,
     padding: int = 0,
     size: tuple[int, int] | None = None,
+    kernel: int | None = None,
     norm: tuple[Float[Tensor, "out"], Float[Tensor, "out"]] | None = None,
     eps: float = 1e-6,
     prefix: Float[Tensor, "P out"] | None = None,
@@ -26,7 +32,8 @@ def patch_embed(
 ) -> Float[Tensor, "B tokens out"]:
     """Tokens (B, P + H'·W', out) of [LayerNorm](conv(x)) behind the P prefix rows, plus `position`.
 
-    x is a picture (B, in, H, W) of any float dtype, or tokens (B, H·W, in) with `size` = (H, W). The result has the dtype of `weight`.
+    x is a picture (B, in, H, W) of any float dtype, or tokens (B, H·W, in) with `size` = (H, W). `weight` is (out, in, k, k), or, without
+    a copy at each call, flat from `flatten_weight` with `kernel` = k. The result has the dtype of `weight`.
     """
     planes = size is None
     if x.dim() != (4 if planes else 3):
@@ -35,9 +42,13 @@ def patch_embed(
     channels = x.shape[1] if planes else x.shape[2]
     if not planes and x.shape[1] != height * width:
         raise UserError(f"x has {x.shape[1]} tokens but size={size} means {height * width}")
-    if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[2] != weight.shape[3]:
-        raise UserError(f"weight must be (out, {channels}, k, k), got {tuple(weight.shape)}")
-    kernel, outputs = weight.shape[2], weight.shape[0]
+    if kernel is None:
+        if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[2] != weight.shape[3]:
+            raise UserError(f"weight must be (out, {channels}, k, k), got {tuple(weight.shape)}")
+        kernel, weight = weight.shape[2], flatten_weight(weight, planes)
+    if weight.dim() != 2 or weight.shape[1] != channels * kernel**2:
+        raise UserError(f"flat weight must be (out, {channels * kernel**2}) for kernel={kernel}, got {tuple(weight.shape)}")
+    outputs = weight.shape[0]
     rows, columns = (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
     if rows < 1 or columns < 1:
         raise UserError(f"a {height}×{width} picture with padding {padding} has no {kernel}×{kernel} patch")
@@ -47,9 +58,8 @@ def patch_embed(
     if position is not None and position.shape != (tokens, outputs):
         raise UserError(f"position must be ({tokens}, {outputs}), got {tuple(position.shape)}")
     same_device(x=x, weight=weight, bias=bias, prefix=prefix, position=position)
-    flat = (weight if planes else weight.permute(0, 2, 3, 1)).reshape(outputs, -1).contiguous()
     return torch.ops.shiftaddvit.patch_embed(
-        x.contiguous(), flat, bias, *(norm or (None, None)), eps, prefix.contiguous() if prefix is not None else None,
+        x.contiguous(), weight.contiguous(), bias, *(norm or (None, None)), eps, prefix.contiguous() if prefix is not None else None,
         position.contiguous() if position is not None else None, height, width, kernel, stride, padding, planes, pdl, backend,
     )  # fmt: skip
 

@@ -1,0 +1,114 @@
+"""Measure the ops: `python -m shiftaddvit.ops.bench --out ops.json`. Correct first, then timed; a wrong result has no time."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shiftaddvit.conditions import conditions
+from shiftaddvit.errors import UserError, unknown
+from shiftaddvit.files import write_json
+
+from .bench_blocks import attention_cases, mlp_cases, patch_cases
+from .bench_cases import Case, adder_cases, matadd_cases, matshift_cases, moe_cases
+from .timing import ceilings, copies_for, time_call
+
+CASES: dict[str, Callable[[tuple[int, ...]], Iterator[Case]]] = {
+    "matshift": matshift_cases,
+    "fused_mlp": mlp_cases,
+    "linear_attention": attention_cases,
+    "moe_linear": moe_cases,
+    "matadd": matadd_cases,
+    "patch_embed": patch_cases,
+    "adder": adder_cases,
+}
+
+
+def bench_ops(ops: tuple[str, ...] = (), batches: tuple[int, ...] = (1, 32, 256), compiled: bool = True, seed: int = 0, show: Callable[[str], None] = print) -> dict:
+    """Measure the named ops (all when empty) and return a JSON-able dict: conditions, ceilings and one row a contender.
+
+    A row has the time's median and tenth and ninetieth percentiles in µs, the error against the exact result, achieved bytes/s, the
+    floor (the larger of bytes over copy bandwidth and operations over matrix rate) and the share of it that was reached.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("measuring ops needs a CUDA device")
+    for op in ops:
+        if op not in CASES:
+            raise unknown("op", op, CASES)
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    limits = ceilings(torch.device("cuda"))
+    show(f"copy {limits['bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {limits['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s")
+    rows = []
+    for op in ops or CASES:
+        for case in CASES[op](batches):
+            rows += measure(case, limits, compiled, show)
+    return {"conditions": conditions("cuda", seed=seed, batches=list(batches)), "ceilings": limits, "rows": rows}
+
+
+@torch.no_grad()
+def measure(case: Case, limits: dict[str, float], compiled: bool, show: Callable[[str], None]) -> list[dict]:
+    """Check and time every contender of one case."""
+    first = case.inputs()
+    inputs = [first, *(case.inputs() for _ in range(copies_for(first) - 1))]
+    expected = case.exact(*first)
+    floor = max(case.bytes / limits["bytes_per_s"], case.flop / limits["bf16_flop_per_s"]) * 1e6
+    rows, fastest_other = [], None
+    for name, call in case.contenders.items():
+        if not compiled and "compile" in name:
+            continue
+        row = {"op": case.op, "shape": case.shape, "contender": name, "bytes": case.bytes, "flop": case.flop, "floor_us": floor}
+        if name not in case.unchecked:
+            row["error"] = relative_error(call(*first), expected, case.units.get(name, 1.0))
+        if row.get("error", 0.0) <= case.tolerance:
+            timing = time_call(call, inputs)
+            row |= asdict(timing) | {
+                "bytes_per_s": case.bytes / (timing.median_us * 1e-6),
+                "share_of_floor": floor / timing.median_us,
+            }
+        rows.append({key: value for key, value in row.items() if value == value})
+        show(_line(row))
+    return rows
+
+
+def relative_error(y: Tensor, expected: Tensor, unit: float = 1.0) -> float:
+    """‖y·unit − expected‖ / ‖expected‖; infinity where only one of them is finite."""
+    y = y.to(expected.dtype) * unit
+    if y.shape != expected.shape or not torch.equal(y.isfinite(), expected.isfinite()):
+        return 1e30
+    return float((y - expected).norm() / expected.norm())
+
+
+def _line(row: dict) -> str:
+    name = f"{row['op']:17s}{row['shape']:46s}{row['contender']:26s}"
+    if "median_us" not in row:
+        return f"{name}WRONG: error {row['error']:.1e}"
+    error = f"{row['error']:.0e}" if "error" in row else "-"
+    return (
+        f"{name}{row['median_us']:9.2f} µs [{row['low_us']:.2f} … {row['high_us']:.2f}]  {row['bytes_per_s'] / 1e12:5.2f} TB/s  "
+        f"{row['share_of_floor']:4.0%} of the floor  error {error}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--op", action="append", default=[], help=f"one of {', '.join(CASES)}; may be repeated; all when left out")
+    parser.add_argument("--batch", type=int, action="append", help="may be repeated; 1, 32 and 256 when left out")
+    parser.add_argument("--quick", action="store_true", help="batch 32 only, without torch.compile")
+    parser.add_argument("--out", type=Path, help="write the JSON result here")
+    arguments = parser.parse_args()
+    batches = tuple(arguments.batch or ((32,) if arguments.quick else (1, 32, 256)))
+    result = bench_ops(tuple(arguments.op), batches, not arguments.quick)
+    if arguments.out:
+        write_json(arguments.out, result)
+        print(f"wrote {arguments.out}")
+    wrong = sorted({f"{row['op']} {row['shape']} {row['contender']}" for row in result["rows"] if "median_us" not in row})
+    if wrong:
+        raise SystemExit(f"{len(wrong)} wrong results: " + "; ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
