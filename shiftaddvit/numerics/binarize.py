@@ -46,7 +46,8 @@ def binarize(
 ) -> Float[Tensor, "B h N d"]:
     """1[x > threshold] as {0, 1} or {−1, 1}. No gradient reaches the threshold.
 
-    The gradient to `x` is passed straight through where |x − threshold| ≤ 1, or, with `published_window`, where 0 ≤ x ≤ 1. NaN stays NaN.
+    The gradient to `x` is passed straight through where |x − threshold| ≤ 1, or, with `published_window`, where 0 ≤ x ≤ 1; for {−1, 1}
+    codes it is doubled, as their step is. NaN stays NaN.
     """
     if codes not in ("zero-one", "plus-minus"):
         raise ValueError(f"codes must be 'zero-one' or 'plus-minus', got {codes!r}")

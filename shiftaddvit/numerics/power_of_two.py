@@ -17,6 +17,8 @@ Rounding = Literal["log", "value"]
 _MANTISSA = (1 << 23) - 1
 # The first mantissa that rounds up: √2 when rounding the logarithm, 1.5 when rounding to the nearest value.
 _ROUND_UP_FROM = {"log": 0x3504F4, "value": 0x400000}
+# Offsets that keep every exponent, of 6 bits even, within float32's normal numbers.
+_OFFSETS = (-96, 127)
 # How far the two rounding points lie apart, in log2 units: PS rounds s + this.
 _LOG_SHIFT = {"log": 0.0, "value": 0.5 - 0.5849625007211562}
 
@@ -108,6 +110,8 @@ def quantize_q(
 
 
 def channel_offset(weight: Float[Tensor, "out in"], rounding: Rounding = "log") -> Int[Tensor, "out 1"]:
-    """The per-channel exponent offset that puts each row's largest weight at exponent 0 (0 for a row of zeros)."""
+    """The per-channel exponent offset that puts each row's largest weight at exponent 0 (0 for a row of zeros).
+
+    A row that decayed below 2^−96, as dead channels of pre-trained models do, gets −96: its weights are then the smallest codes there."""
     largest = weight.detach().abs().amax(dim=1, keepdim=True)
-    return torch.where(largest > 0, nearest_exponent(largest, rounding), 0).to(torch.int32)
+    return torch.where(largest > 0, nearest_exponent(largest, rounding).clamp(*_OFFSETS), 0).to(torch.int32)
