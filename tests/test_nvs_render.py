@@ -60,6 +60,14 @@ def test_rendering_does_not_depend_on_the_chunk(scene):
     assert torch.allclose(whole.depth, parts.depth, atol=1e-4)
 
 
+def test_padding_the_last_chunk_changes_nothing(scene):
+    torch.manual_seed(0)
+    renderer = make_renderer(GNT(TINY), scene, chunk=500)
+    plain = renderer.render(scene.camera(0))
+    renderer.even = True
+    assert torch.allclose(renderer.render(scene.camera(0)).rgb, plain.rgb, atol=1e-5)
+
+
 def test_rendering_goes_on_with_half_the_chunk_when_memory_runs_out(scene):
     class Greedy(Nearest):
         def forward(self, rays, sources):

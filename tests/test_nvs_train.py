@@ -59,6 +59,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(scene, tmp_path):
     again = tiny(seed=5)
     result = train(again, [scene], tmp_path / "parts", replace(SHORT, checkpoint_minutes=1e-9), resume=True, show=False)
     assert result.steps == 6
+    assert train(tiny(), [scene], tmp_path / "parts", replace(SHORT, checkpoint_minutes=1e-9), resume=True, show=False).steps == 6, "done"
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 

@@ -125,7 +125,8 @@ def train(
         steps=steps, minutes=minutes, rays=rays, lr=lr, lr_features=2 * lr, precision=precision.value, compile=compile, seed=seed
     )  # fmt: skip
     result = run(chosen, loaded, output, config, choose_device(device), resume, overwrite)
-    typer.echo(f"{result.steps} steps in {result.seconds:.0f} s: train {result.train_psnr:.2f} dB; model in {output / 'model.safetensors'}")
+    held_out = "" if result.held_out_psnr is None else f", held out {result.held_out_psnr:.2f} dB"
+    typer.echo(f"{result.steps} steps in {result.seconds:.0f} s{held_out}; model in {output / 'model.safetensors'}")
 
 
 @app.command()
@@ -143,6 +144,7 @@ def render(
     samples: Annotated[int | None, typer.Option(help="Points along a ray, if not as trained.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Rays at once; by default what the memory suggests.")] = None,
     precision: Bits = Precision.fp32,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model: a minute at first, then faster.")] = False,
     device: Device = "auto",
 ) -> None:
     """Render a camera path to PNG, depth and MP4; held-out views also beside the truth with their error."""
@@ -153,7 +155,7 @@ def render(
 
     loaded = load_scene(scene, width, hold_out, near, far)
     cameras = choose_path(path, loaded, frames)
-    renderer = make_renderer(load_any(model, samples), loaded, choose_device(device), precision.value, chunk)
+    renderer = make_renderer(load_any(model, samples), loaded, choose_device(device), precision.value, chunk, compile)
     truth = [loaded.images[view].float() / 255 for view in loaded.test] if path == "held-out" else None
     seconds = write_frames(renderer, cameras, output, rate, truth)
     typer.echo(f"{len(cameras)} pictures, {seconds:.2f} s each (features {renderer.encode_seconds:.1f} s once), in {output}")
@@ -201,6 +203,7 @@ def bench(
     samples: Annotated[int | None, typer.Option(help="Points along a ray; 192 published for GNT.")] = None,
     repeats: Annotated[int, typer.Option(help="Renderings of one view; the median counts.")] = 3,
     precision: Bits = Precision.fp32,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model: a minute at first, then faster.")] = False,
     device: Device = "auto",
 ) -> None:
     """Seconds an image of NeRF, GNT and every converted row, with the published figures beside them."""
@@ -215,9 +218,9 @@ def bench(
     timings = []
     for row in rows or ["nerf", "gnt", *ROWS]:
         name, model = row_model(row, loaded, samples)
-        timings.append(time_row(name, model, loaded, place, precision.value, repeats))
+        timings.append(time_row(name, model, loaded, place, precision.value, repeats, compile))
         typer.echo(f"{name}: {timings[-1].seconds:.3f} s an image", err=True)
-    result = bench_result(timings, loaded, place, precision.value, repeats)
+    result = bench_result(timings, loaded, place, precision.value, repeats, compile)
     typer.echo(bench_table(result))
     if output is not None:
         write_json(output, result)

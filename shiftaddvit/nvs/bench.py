@@ -44,17 +44,26 @@ class Timing:
 
 
 def time_row(
-    row: str, model: nn.Module, scene: Scene, device: torch.device | str, precision: str = "fp32", repeats: int = 3, joules: float | None = None
+    row: str,
+    model: nn.Module,
+    scene: Scene,
+    device: torch.device | str,
+    precision: str = "fp32",
+    repeats: int = 3,
+    compile: bool = False,
+    joules: float | None = None,
 ) -> Timing:
     """Render the first held-out (or first) view `repeats` times after one warm-up that fits the chunk to the memory."""
-    renderer = make_renderer(model, scene, device, precision)
+    renderer = make_renderer(model, scene, device, precision, compile=compile)
     camera = scene.camera(scene.test[0] if scene.test else 0)
     renderer.render(camera)
     seconds = [renderer.render(camera).seconds for _ in range(repeats)]
     return Timing(row, statistics.median(seconds), min(seconds), max(seconds), renderer.encode_seconds, renderer.chunk.rays, joules)
 
 
-def bench_result(timings: list[Timing], scene: Scene, device: torch.device | str, precision: str, repeats: int, seed: int = 0) -> dict[str, object]:
+def bench_result(
+    timings: list[Timing], scene: Scene, device: torch.device | str, precision: str, repeats: int, compile: bool = False, seed: int = 0
+) -> dict[str, object]:
     """JSON values with their conditions; speed-ups are over the row `gnt` where it was timed."""
     base = next((timing.seconds for timing in timings if timing.row == "gnt"), None)
     rows = [
@@ -66,5 +75,5 @@ def bench_result(timings: list[Timing], scene: Scene, device: torch.device | str
         }
         for timing in timings
     ]
-    facts = conditions(device, seed=seed, precision=precision, warm_up=1, repeats=repeats)
+    facts = conditions(device, seed=seed, precision=precision, compiled=compile, warm_up=1, repeats=repeats)
     return {"scene": scene.name, "width": scene.width, "height": scene.height, "rows": rows, "conditions": facts}

@@ -24,7 +24,7 @@ from .scene import Scene
 from .train import NvsTrainConfig, train
 from .video import depth_picture
 
-SMALL = GNTConfig(width=32, depth=2, samples=32, sources=6, feature_channels=16, feature_base=16, dropout=0.0)
+SMALL = GNTConfig(width=32, depth=2, samples=32, sources=5, feature_channels=16, feature_base=8, dropout=0.0)
 """A GNT that two CPU cores can train in two minutes; not the published size."""
 
 
@@ -81,11 +81,11 @@ def quickstart(
     torch.manual_seed(0)
     dense = GNT(SMALL)
     say(f"training a small GNT for {train_minutes:g} min")
-    train(dense, [scene], output / "gnt", _config(train_minutes, 2e-3), device, overwrite=True)
+    train(dense, [scene], output / "gnt", _config(train_minutes, 5e-3), device, overwrite=True)
     score("gnt", dense)
     converted = reparameterize_gnt(deepcopy(dense), row)
     say(f"converted with the recipe {row}; fine-tuning for {tune_minutes:g} min")
-    train(converted, [scene], output / row, _config(tune_minutes, 5e-4), device, overwrite=True)
+    train(converted, [scene], output / row, _config(tune_minutes, 1e-3), device, overwrite=True)
     score(row, converted)
     strip = output / "strip.png"
     write_png(strip, picture_strip(scene, scene.test[0], shown))
@@ -93,7 +93,7 @@ def quickstart(
 
 
 def _config(minutes: float, lr: float) -> NvsTrainConfig:
-    return NvsTrainConfig(steps=100_000, minutes=minutes, rays=384, lr=lr, lr_features=lr, warmup_steps=20, source_jitter=1, check_every=50)
+    return NvsTrainConfig(steps=100_000, minutes=minutes, rays=96, lr=lr, lr_features=lr, warmup_steps=20, source_jitter=1, check_every=50)
 
 
 def picture_strip(scene: Scene, view: int, shown: dict[str, Picture]) -> Float[Tensor, "2H W 3"]:

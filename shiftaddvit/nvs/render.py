@@ -37,6 +37,8 @@ class Renderer:
     precision: str
     encode_seconds: float
     """Time the source views' features took, once."""
+    even: bool = False
+    """Every chunk has the same number of rays, the last one padded, as compiled code and graphs want it."""
 
     @property
     def device(self) -> torch.device:
@@ -65,34 +67,53 @@ class Renderer:
 
         def work(size: int) -> int:
             part = rays.chunk(done, size)
-            colors = self.model(part, sources)
-            rgb[done : done + len(part.pixel)] = colors.rgb
-            depth[done : done + len(part.pixel)] = colors.depth
-            return done + len(part.pixel)
+            new = len(part.pixel)
+            colors = self.model(_padded(part, size) if self.even else part, sources)
+            rgb[done : done + new] = colors.rgb[:new]
+            depth[done : done + new] = colors.depth[:new]
+            return done + new
 
         while done < count:
             done = self.chunk.attempt(work)
         return rgb, depth
 
 
+def _padded(rays: Rays, size: int) -> Rays:
+    """`size` rays, the last one repeated."""
+    missing = size - len(rays.pixel)
+    if missing == 0:
+        return rays
+    return Rays(*(torch.cat([part, part[-1:].expand(missing, -1)]) for part in rays[:3]), rays.near, rays.far)
+
+
 def make_renderer(
-    model: nn.Module, scene: Scene, device: torch.device | str = "cpu", precision: str = "fp32", chunk: int | None = None
+    model: nn.Module,
+    scene: Scene,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    chunk: int | None = None,
+    compile: bool = False,
 ) -> Renderer:
     """Move the model and the scene's training views to the device and compute their features, each once.
 
-    `chunk` is the number of rays at once; by default as many as the device's memory suggests. UserError for too few training views.
+    `chunk` is the number of rays at once; by default as many as the device's memory suggests. `compile` compiles GNT's transformer (or
+    NeRF's MLPs), which takes a minute at the first picture. UserError for too few training views.
     """
     model = model.to(device).eval()
+    if compile:
+        for name in ("net_coarse", "coarse", "fine"):
+            if isinstance(getattr(model, name, None), nn.Module):
+                getattr(model, name).compile()
     rays = chunk if chunk is not None else first_chunk(model.bytes_per_ray(False), device)
     if not model.sources:
-        return Renderer(model, scene, None, Chunk(rays), precision, 0.0)
+        return Renderer(model, scene, None, Chunk(rays), precision, 0.0, compile)
     check_sources(scene, model.sources)
     start = time.perf_counter()
     with precision_context(device, precision):
         bank = encode_bank(make_bank(scene, scene.train, device), model)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-    return Renderer(model, scene, bank, Chunk(rays), precision, time.perf_counter() - start)
+    return Renderer(model, scene, bank, Chunk(rays), precision, time.perf_counter() - start, compile)
 
 
 def render_path(

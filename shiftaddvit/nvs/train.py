@@ -102,8 +102,8 @@ class TrainResult:
     """Steps done."""
     seconds: float
     """Time spent in steps, over all resumptions."""
-    train_psnr: float
-    """On the training batches since the last look, dB."""
+    train_psnr: float | None
+    """On the training batches since the last look, dB; None when a finished run was resumed."""
     held_out_psnr: float | None
     """On fixed pixels of held-out views, dB; None without held-out views."""
 
@@ -175,7 +175,7 @@ class _Training:
 
     def _loop(self, progress: TrainingProgress) -> TrainResult:
         saved, since, errors = time.monotonic(), 0, torch.zeros((), device=self.device)
-        result = TrainResult(self.step, self.seconds, math.nan, None)
+        result = TrainResult(self.step, self.seconds, None, None)
         while not self._finished():
             start = time.monotonic()
             errors += self._one_step()
@@ -190,7 +190,7 @@ class _Training:
             while progress.done < min(self._done(), progress.total):
                 progress.step()
             if due:
-                progress.epoch(f"step {self.step}, train {result.train_psnr:.2f} dB, held out {_db(result.held_out_psnr)}")
+                progress.epoch(f"step {self.step}, train {_db(result.train_psnr)}, held out {_db(result.held_out_psnr)}")
             if self._finished() or time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
                 self._save(errors)
                 saved = time.monotonic()
