@@ -212,15 +212,42 @@ def adder():
         yield f"adder grad {m}x{k}x{n}", lambda x=x, w=w, g=g: kernels.grad_x(x, w, g)
 
 
-OPS = {"matadd": matadd, "adder": adder, "moe_linear": moe_linear, "patch_embed": patch_embed, "linear_attention": linear_attention, "matshift": matshift, "fused_mlp": fused_mlp}
+def softmax_attention():
+    from shiftaddvit.ops.softmax_attention import triton as kernels
+
+    for tokens, c, heads in ((49, 256, 8), (197, 192, 3)):
+        q, k, v = meta(256, tokens, 3 * c, dtype=torch.float16).split(c, dim=-1)
+        yield f"softmax_attention {tokens}x{c}", lambda q=q, k=k, v=v, h=heads: kernels.softmax_attention(q, k, v, h)
+
+
+OPS = {
+    "matshift": matshift,
+    "fused_mlp": fused_mlp,
+    "linear_attention": linear_attention,
+    "moe_linear": moe_linear,
+    "matadd": matadd,
+    "patch_embed": patch_embed,
+    "softmax_attention": softmax_attention,
+    "adder": adder,
+}
+# A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
+REPRESENTATIVE = (
+    "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
+    "conv_linear x2 50176x640x160", "encode x2 256x196x320", "mix x2 256x196x160", "dual 50176x320x1280",
+    "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "softmax_attention 197x192",
+    "adder grad 100352x64x512",
+)  # fmt: skip
 
 
 def main(names: list[str]) -> None:
     from shiftaddvit.ops import tiling
 
     tiling.processors = lambda device: 132
-    for op in names or OPS:
+    representative = names == ["--representative"]
+    for op in OPS if representative or not names else names:
         for label, launch in OPS[op]():
+            if representative and label not in REPRESENTATIVE:
+                continue
             for kernel, args, kwargs in record_launches(launch):
                 print(json.dumps({"launch": label} | compile_launch(kernel, args, kwargs)), flush=True)
 

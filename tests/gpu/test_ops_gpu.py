@@ -1,0 +1,270 @@
+"""The Triton kernels on a real GPU: every op against its reference in float32 or float64, at the sizes of the models and odd ones."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ops_checks import error, poisoned_outputs, random_codes
+
+from shiftaddvit.ops.adder import adder_linear
+from shiftaddvit.ops.fused_mlp import conv_linear, norm_linear
+from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
+from shiftaddvit.ops.matadd import key_value, pack_codes, query_context
+from shiftaddvit.ops.matshift import formats, matshift, matshift_int8
+from shiftaddvit.ops.moe_linear import moe_linear, routed_linear
+from shiftaddvit.ops.patch_embed import patch_embed
+from shiftaddvit.ops.softmax_attention import softmax_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2, torch.float32: 5e-6}
+DTYPES = tuple(TOLERANCE)
+SHAPES = ((1, 32, 256), (49, 256, 1024), (63, 160, 640), (197, 192, 576), (3136, 64, 512), (100, 2048, 512), (784, 1024, 128), (50, 72, 33))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def normal(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("bits", [0, 4, 5])
+def test_matshift(bits, tokens, inputs, outputs, dtype):
+    codes = random_codes(outputs, inputs, bits or 5).cuda()
+    offset = torch.randint(-3, 3, (outputs, 1), device="cuda")
+    weight = formats.pack(codes, bits) if bits else formats.decode(codes, 5, dtype=torch.float16 if dtype == torch.float32 else dtype)
+    scale, bias, x = formats.channel_scale(offset, outputs), normal(outputs), normal(tokens, inputs, dtype=dtype)
+    with poisoned_outputs():
+        y = matshift(x, weight, bias, scale, bits, "gelu")
+    exact = torch.nn.functional.gelu(x.double() @ formats.decode(codes, bits or 5, offset).double().t() + bias.double())
+    assert error(y, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), SHAPES)
+def test_integers_are_the_same_on_gpu_and_cpu(tokens, inputs, outputs):
+    weight, w_scale = formats.decode_int8(random_codes(outputs, inputs, 4))
+    x = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8)
+    one = torch.ones(1)
+    with poisoned_outputs():
+        y = matshift_int8(x.cuda(), one.cuda(), weight.cuda(), w_scale.cuda())
+    assert torch.equal(y.cpu(), matshift_int8(x, one, weight, w_scale))
+    rounded = matshift_int8(x.cuda(), one.cuda(), weight.cuda(), w_scale.cuda(), None, one.cuda() * 30)
+    assert torch.equal(rounded.cpu(), matshift_int8(x, one, weight, w_scale, None, one * 30))
+
+
+def routed_apart(x, router, margin=1e-2):
+    """Rows that no rounding sends to the other expert."""
+    logits = x.float() @ router.t()
+    return (logits[..., 0] - logits[..., 1]).abs() > margin
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), SHAPES)
+def test_norm_linear(tokens, inputs, outputs, experts, dtype):
+    x, norm = normal(tokens, inputs, dtype=dtype) * 2 + 1, (normal(inputs) + 1, normal(inputs))
+    weight, bias = normal(experts, outputs, inputs, dtype=dtype, scale=inputs**-0.5), normal(experts, outputs)
+    router = normal(2, inputs) if experts == 2 else None
+    with poisoned_outputs():
+        y, _ = norm_linear(x, weight, bias, norm, 1e-6, router, activation="gelu")
+    expected = reference_norm_linear(x, weight, bias, norm, router)
+    keep = slice(None)
+    if experts == 2:
+        keep = routed_apart(torch.nn.functional.layer_norm(x.float(), (inputs,), *norm, 1e-6), router)
+    assert error(y[keep], expected[keep]) < 2 * TOLERANCE[dtype]
+
+
+def reference_norm_linear(x, weight, bias, norm, router):
+    a = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], norm[0].double(), norm[1].double(), 1e-6)
+    return torch.nn.functional.gelu(pick(a, weight, bias, router))
+
+
+def pick(a, weight, bias, router):
+    y = torch.einsum("...k,enk->...en", a, weight.double()) + bias.double()
+    if router is None:
+        return y[..., 0, :]
+    second = (a @ router[1].double() > a @ router[0].double()).unsqueeze(-1)
+    return torch.where(second, y[..., 1, :], y[..., 0, :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize(("side", "hidden", "outputs", "closing"), [(7, 1024, 256, True), (14, 640, 160, False), (56, 256, 32, True), (5, 100, 33, False)])
+def test_conv_linear(side, hidden, outputs, closing, experts, dtype):
+    h, x = normal(3, side * side, hidden, dtype=dtype), normal(3, side * side, outputs, dtype=dtype)
+    taps, shift = normal(9, hidden, dtype=dtype, scale=0.3), normal(hidden)
+    weight, bias = normal(experts, outputs, hidden, dtype=dtype, scale=hidden**-0.5), normal(experts, outputs)
+    router = normal(2, hidden) if experts == 2 else None
+    norm = (normal(outputs) + 1, normal(outputs)) if closing else None
+    pictures = h.double().transpose(1, 2).reshape(3, hidden, side, side)
+    a = torch.nn.functional.conv2d(pictures, taps.double().t().reshape(hidden, 1, 3, 3), shift.double(), padding=1, groups=hidden)
+    a = torch.nn.functional.gelu(a).flatten(2).transpose(1, 2)
+    expected = pick(a, weight, bias, router) + x.double()
+    if norm:
+        expected = torch.nn.functional.layer_norm(expected, (outputs,), norm[0].double(), norm[1].double(), 1e-6)
+    keep = routed_apart(a, router, 5e-2) if experts == 2 else slice(None)
+    for half_taps in (False, True) if dtype == torch.float16 else (False,):
+        with poisoned_outputs():
+            y, _ = conv_linear(h, side, side, taps, shift, weight, bias, router, x, norm=norm, half_taps=half_taps)
+        assert error(y[keep], expected[keep]) < (3e-3 if half_taps else 2 * TOLERANCE[dtype]), f"{half_taps=}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize(("tokens", "width", "heads"), [(3136, 32, 1), (784, 64, 2), (196, 160, 5), (196, 320, 5), (197, 192, 3), (1, 64, 1)])
+@pytest.mark.parametrize("codes", ["zero-one", "plus-minus", "float"])
+def test_linear_attention(tokens, width, heads, codes, experts, dtype):
+    x = normal(2, tokens, width, dtype=dtype)
+    qkv, qkv_bias = normal(experts, 3 * width, width, dtype=dtype, scale=width**-0.5), normal(experts, 3 * width)
+    proj, proj_bias = normal(experts, width, width, dtype=dtype, scale=width**-0.5), normal(experts, width)
+    first, second = (normal(2, width), normal(2, width)) if experts == 2 else (None, None)
+    norm, conv = (normal(width) + 1, normal(width)), normal(heads, 9)
+    with poisoned_outputs():
+        encoded = attention_encode(x, qkv, heads, qkv_bias, norm, 1e-6, first, codes=codes, v_sum=True)
+        y, _ = attention_mix(encoded, proj, proj_bias, second, x, conv, codes, "mean", prefix=1 if tokens > 1 else 0)
+    reference = attention_encode(x, qkv, heads, qkv_bias, norm, 1e-6, first, codes=codes, v_sum=True, backend="reference")
+    tolerance = 2e-2 if dtype == torch.float16 else 2e-4  # a code at its threshold may fall either way
+    assert error(encoded.v, reference.v) < 2 * tolerance
+    assert error(encoded.context.sum(1), reference.context.sum(1)) < 2 * tolerance
+    # The second kernel on the first one's very output, so that only its own rounding counts.
+    again, _ = attention_mix(encoded, proj, proj_bias, second, x, conv, codes, "mean", prefix=1 if tokens > 1 else 0, backend="reference")
+    assert error(y, again) < (2e-2 if experts == 2 else 2e-3 if dtype == torch.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["dual", "partition"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 32, 64), (1000, 160, 640), (9000, 320, 1280), (513, 640, 160)])
+@pytest.mark.parametrize("spread", ["mixed", "one"])
+def test_moe_linear_forward_and_backward(tokens, inputs, outputs, spread, dtype, dispatch):
+    x, weight, bias = normal(tokens, inputs, dtype=dtype), normal(2, outputs, inputs, dtype=dtype, scale=inputs**-0.5), normal(2, outputs)
+    gate = torch.rand(tokens, device="cuda") + 0.5
+    index = torch.randint(0, 2, (tokens,), device="cuda") if spread == "mixed" else torch.ones(tokens, dtype=torch.long, device="cuda")
+    ours = [t.clone().requires_grad_() for t in (x, weight, bias, gate)]
+    theirs = [t.double().requires_grad_() for t in (x, weight, bias, gate)]
+    with poisoned_outputs():
+        y = moe_linear(ours[0], index, *ours[1:], dispatch)
+        grad = torch.randn_like(y)
+        y.backward(grad)
+    every = torch.einsum("mk,enk->men", theirs[0], theirs[1]) + theirs[2]
+    exact = torch.where((index == 1)[:, None], every[:, 1], every[:, 0]) * theirs[3][:, None]
+    exact.backward(grad.double())
+    assert error(y, exact) < TOLERANCE[dtype]
+    for name, mine, other in zip(("x", "weight", "bias", "gate"), ours, theirs, strict=True):
+        assert error(mine.grad, other.grad) < 3 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dispatch", ["dual", "partition"])
+def test_routed_linear_needs_no_sync_and_runs_in_a_graph(dispatch):
+    x, router, weight = normal(2000, 160), normal(2, 160), normal(2, 96, 160)
+    routed_linear(x, router, weight, dispatch=dispatch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        routed_linear(x, router, weight, dispatch=dispatch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, choice = routed_linear(x, router, weight, dispatch=dispatch)
+    x.copy_(normal(2000, 160))
+    graph.replay()
+    expected, again = routed_linear(x, router, weight, dispatch=dispatch)
+    assert torch.equal(y, expected) and torch.equal(choice, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "tokens", "r", "d"), [(1, 1, 3136, 16, 32), (32, 2, 784, 16, 32), (3, 5, 197, 64, 64), (1, 1, 50000, 32, 32), (2, 1, 1, 40, 20)])
+def test_matadd(batch, heads, tokens, r, d, dtype):
+    codes = torch.where(torch.rand(batch, heads, tokens, r, device="cuda") > 0.5, 1.0, -1.0)
+    values, context = normal(batch, heads, tokens, d, dtype=dtype), normal(batch, heads, r, d, dtype=dtype)
+    words = pack_codes(codes, -1, 1)
+    assert torch.equal(words, pack_codes(codes, -1, 1, backend="reference"))
+    with poisoned_outputs():
+        sums, mixed = key_value(words, values, r, -1, 1), query_context(words, context, -1, 1)
+    assert error(sums, codes.double().transpose(-2, -1) @ values.double()) < TOLERANCE[dtype]
+    assert error(mixed, codes.double() @ context.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "side", "outputs", "kernel", "stride", "padding"), [(3, 224, 32, 7, 4, 3), (32, 56, 64, 3, 2, 1), (160, 14, 256, 3, 2, 1), (3, 224, 192, 16, 16, 0)])
+def test_patch_embed(channels, side, outputs, kernel, stride, padding, dtype):
+    weight, bias, norm = normal(outputs, channels, kernel, kernel, dtype=dtype, scale=0.05), normal(outputs), (normal(outputs), normal(outputs))
+    planes = channels == 3
+    x = normal(2, channels, side, side) if planes else normal(2, side * side, channels, dtype=dtype)
+    prefix = normal(1, outputs)
+    with poisoned_outputs():
+        y = patch_embed(x, weight, bias, stride, padding, None if planes else (side, side), norm=norm, prefix=prefix)
+    pictures = x.to(dtype).double() if planes else x.double().transpose(1, 2).reshape(2, channels, side, side)
+    expected = torch.nn.functional.conv2d(pictures, weight.double(), bias.double(), stride, padding).flatten(2).transpose(1, 2)
+    expected = torch.nn.functional.layer_norm(expected, (outputs,), norm[0].double(), norm[1].double(), 1e-6)
+    expected = torch.cat([prefix.expand(2, 1, -1).double(), expected], 1)
+    assert error(y, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "heads"), [(49, 256, 8), (197, 192, 3), (1, 64, 1), (1000, 128, 2)])
+def test_softmax_attention(tokens, width, heads, dtype):
+    q, k, v = normal(2, tokens, 3 * width, dtype=dtype).split(width, -1)
+    with poisoned_outputs():
+        y = softmax_attention(q, k, v, heads)
+    split = [t.double().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    assert error(y, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 9, 5), (1000, 64, 512), (197, 320, 63)])
+def test_adder(tokens, inputs, outputs):
+    x, weight, grad = normal(tokens, inputs), normal(outputs, inputs), normal(tokens, outputs)
+    ours = [t.clone().requires_grad_() for t in (x, weight)]
+    theirs = [t.cpu().double().requires_grad_() for t in (x, weight)]
+    with poisoned_outputs():
+        y = adder_linear(*ours)
+        y.backward(grad)
+    exact = adder_linear(*theirs)
+    exact.backward(grad.cpu().double())
+    for name, mine, other in (("y", y, exact), ("x", ours[0].grad, theirs[0].grad), ("weight", ours[1].grad, theirs[1].grad)):
+        assert error(mine, other) < 2e-6, name
+
+
+def test_programmatic_launches_change_nothing():
+    x = normal(4, 196, 160, dtype=torch.float16)
+    qkv, proj = normal(480, 160, dtype=torch.float16, scale=0.08), normal(160, 160, dtype=torch.float16, scale=0.08)
+    fc1, fc2 = normal(640, 160, dtype=torch.float16, scale=0.08), normal(160, 640, dtype=torch.float16, scale=0.04)
+    norm, taps, shift = (normal(160), normal(160)), normal(9, 640, dtype=torch.float16), normal(640)
+
+    def chain(pdl):
+        y = x
+        for _ in range(6):
+            y, _ = attention_mix(attention_encode(y, qkv, 5, norm=norm, pdl=pdl), proj, residual=y, pdl=pdl)
+            h, _ = norm_linear(y, fc1, norm=norm, pdl=pdl)
+            y, _ = conv_linear(h, 14, 14, taps, shift, fc2, residual=y, pdl=pdl)
+        return y
+
+    expected = chain(False)
+    for _ in range(5):
+        assert torch.equal(chain(True), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(True)
+    for _ in range(5):
+        graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_ops_compile_with_inductor():
+    weight, x = normal(2, 96, 64), normal(100, 64)
+    router = normal(2, 64)
+
+    def block(x):
+        return torch.relu(routed_linear(x * 2, router, weight)[0]) + 1
+
+    assert error(torch.compile(block, fullgraph=True)(x), block(x)) < 1e-6

@@ -1,0 +1,35 @@
+"""Every kernel compiles for compute capability 9.0 with the tiles it is launched with, spills nothing and uses the matrix units."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+ON_WARPGROUP_UNITS = {
+    "matshift_kernel", "matshift_int8_kernel", "norm_linear_kernel", "conv_linear_kernel", "encode_kernel", "dual_kernel",
+    "partition_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_without_spills(tmp_path):
+    # A program of its own, because this one runs kernels in the interpreter; a fresh cache, so that the compiler is what is tested.
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, HERE / "ops_compile.py", "--representative"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    launches = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len({launch["kernel"] for launch in launches}) >= 12
+    for launch in launches:
+        spilled = {name: launch[name] for name in ("stack", "local", "spill_instructions") if launch[name]}
+        assert not spilled, f"{launch['launch']}: {spilled}"
+        assert launch["shared"] <= 232448, launch["launch"]
+        if launch["kernel"] in ON_WARPGROUP_UNITS:
+            assert launch["wgmma"] > 0, f"{launch['launch']} does not use the warpgroup matrix instructions"
