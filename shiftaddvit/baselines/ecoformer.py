@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,16 +16,17 @@ class EcoformerAttention(AngularAttention):
     The denominator is at least N: |h_i · Σ_j h_j| ≤ N r.
     """
 
-    def __init__(self, qkv: nn.Module, proj: nn.Module, heads: int, head_dim: int, add: HashConfig = HashConfig()):
+    def __init__(self, qkv: nn.Module, proj: nn.Module, heads: int, head_dim: int, add: HashConfig = HashConfig(), q_norm: nn.Module | None = None):
         config = AngularConfig(token_conv=0, output_norm="none", context="sum")
-        super().__init__(qkv, proj, heads, head_dim, replace(add, codes="plus-minus"), config)
+        super().__init__(qkv, proj, heads, head_dim, replace(add, codes="plus-minus"), config, q_norm=q_norm)
 
     def mix(
         self, q: Float[Tensor, "B h N r"], k: Float[Tensor, "B h N r"], v: Float[Tensor, "B h N d"]
     ) -> Float[Tensor, "B h N d"]:
-        q, k, values = q.float(), k.float(), v.float()
-        tokens, bits = k.shape[-2:]
-        context = self.key_value(k.transpose(-2, -1), values)
-        numerator = self.query_context(q, context) + (bits + 1) * values
-        denominator = (q * k.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True) + tokens * (bits + 1)
-        return (numerator / denominator).to(v.dtype)
+        with torch.autocast(v.device.type, enabled=False):
+            q, k, values = q.float(), k.float(), v.float()
+            tokens, bits = k.shape[-2:]
+            context = self.key_value(k.transpose(-2, -1), values)
+            numerator = self.query_context(q, context) + (bits + 1) * values
+            denominator = (q * k.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True) + tokens * (bits + 1)
+            return (numerator / denominator).to(v.dtype)

@@ -46,7 +46,7 @@ class KernelHash(nn.Module):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         # A host-side copy of the flag: reading the buffer would wait for the device in every forward.
         self._ready = False
-        self.register_load_state_dict_post_hook(lambda module, _keys: module._refresh())
+        self.register_load_state_dict_post_hook(_refresh_flag)
 
     def _refresh(self) -> None:
         self._ready = bool(self.calibrated) if not self.calibrated.is_meta else False
@@ -78,6 +78,10 @@ class KernelHash(nn.Module):
         self.directions.copy_(train_hash(features - self.mean, targets, start, config.steps, config.learning_rate))
         self.calibrated.fill_(True)
         self._ready = True
+
+
+def _refresh_flag(module: KernelHash, _incompatible_keys: object) -> None:
+    module._refresh()
 
 
 def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:

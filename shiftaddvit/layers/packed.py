@@ -33,7 +33,7 @@ class PackedShiftLinear(nn.Module):
         self.register_buffer("offset", torch.zeros(out_features, 1, dtype=torch.int8) if config.channel_offset else None)
         self.register_buffer("weight", torch.zeros(out_features, in_features), persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
-        self.register_load_state_dict_post_hook(lambda module, _keys: module.refresh())
+        self.register_load_state_dict_post_hook(_decode_again)
 
     @classmethod
     def from_shift(cls, layer: ShiftLinear) -> "PackedShiftLinear":
@@ -71,8 +71,20 @@ class PackedShiftLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}, packed"
 
 
+def _decode_again(layer: PackedShiftLinear, _incompatible_keys: object) -> None:
+    layer.refresh()
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model holds a packed layer, so that it no longer trains."""
+    return any(isinstance(module, PackedShiftLinear) for module in model.modules())
+
+
 def pack(model: nn.Module) -> nn.Module:
-    """Swap every latent shift layer inside `model` for its packed form, in place; the model is returned."""
+    """Swap every latent shift layer inside `model` for its packed form, in place; the model is returned. Of a shift layer itself, its
+    packed form is returned."""
+    if isinstance(model, ShiftLinear):
+        return PackedShiftLinear.from_shift(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, ShiftLinear):
             parent, _, child = name.rpartition(".")

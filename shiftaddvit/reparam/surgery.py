@@ -110,13 +110,16 @@ def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
     if recipe.attention == "msa":
         attention: nn.Module = SoftmaxAttention(qkv, dense.proj, heads)
     else:
-        norms = (None, None) if site.kind == "sra" else (dense.q_norm, dense.k_norm)
+        q_norm, k_norm = (None, None) if site.kind == "sra" else (dense.q_norm, dense.k_norm)
+        if shared and k_norm is not None and not isinstance(k_norm, nn.Identity):
+            report.dropped.append((f"{name}.k_norm", "queries and keys share one projection and its norm"))
+            k_norm = None
         add = {"none": None, "quant": recipe.binary, "ksh": recipe.hash}[recipe.add]
         if recipe.attention == "ecoformer":
-            attention = EcoformerAttention(qkv, dense.proj, heads, dense.head_dim, recipe.hash)
+            attention = EcoformerAttention(qkv, dense.proj, heads, dense.head_dim, recipe.hash, q_norm)
         else:
             attention = AngularAttention(
-                qkv, dense.proj, heads, dense.head_dim, add, recipe.angular, site.prefix_tokens, *norms
+                qkv, dense.proj, heads, dense.head_dim, add, recipe.angular, site.prefix_tokens, q_norm, k_norm
             )
         if attention.token_conv is not None:
             report.made.append((f"{name}.token_conv.weight", "zeros"))
