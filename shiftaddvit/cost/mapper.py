@@ -53,6 +53,9 @@ def best_mapping(problem: Problem) -> tuple[dict[tuple[str, str], float], dict[s
     m, c, e = _output_tiles(problem), _channel_tiles(problem), _row_tiles(problem)
     if not len(e) or not c.size:
         return None
+    m = m[:, _tokens_beside(problem, m) >= 1]
+    if not m.size:
+        return None
     extra_m, extra_c, extra_e, least = _bounds(problem, m, c, e)
     few = (_promising(m.prod(axis=0), extra_m), _promising(c[1], extra_c), _promising(e, extra_e))
     found = _least(problem, m, c, e, *(index.ravel() for index in np.meshgrid(*few, indexing="ij")))
@@ -93,6 +96,11 @@ def _tokens_in_buffer(problem: Problem, t: Tilings) -> NDArray:
     window = ((t.e1 - 1) * problem.stride[0] + r) * ((f - 1) * problem.stride[1] + s)
     need = t.c0 * t.c1 * window * problem.bits[0] + t.m0 * t.m1 * t.m2 * t.e1 * f * problem.bits[2]
     return np.minimum(problem.units.size("buffer_words") * 16 // need, n)
+
+
+def _tokens_beside(problem: Problem, m: NDArray) -> NDArray:
+    """The most tokens that the buffer can hold beside the partial sums of a block of outputs, however C and E are cut."""
+    return _tokens_in_buffer(problem, Tilings(*m, *np.ones((3, m.shape[1]), dtype=np.int64)))
 
 
 def energies(problem: Problem, t: Tilings, n0: NDArray) -> Cells:
@@ -176,10 +184,8 @@ def _bounds(problem: Problem, m: NDArray, c: NDArray, e: NDArray) -> tuple[NDArr
 
     whole_m, whole_c, whole_e = np.array([[loop_m], [1], [1]]), np.array([[loop_c], [1]]), loop_e * one
     whole = cells(whole_m, whole_c, whole_e, n * one)
-    # The block of outputs alone limits the tokens in the buffer; a block too large for any has no chance.
-    n0 = _tokens_in_buffer(problem, Tilings(*m, *np.ones((3, m.shape[1]), dtype=np.int64)))
     parts = [
-        np.where(n0 >= 1, cells(m, whole_c, whole_e, np.maximum(n0, 1)), np.inf),
+        cells(m, whole_c, whole_e, _tokens_beside(problem, m)),
         cells(whole_m, c, whole_e, np.full(c.shape[1], n)),
         cells(whole_m, whole_c, e, np.full(len(e), n)),
     ]
