@@ -1,0 +1,57 @@
+"""The command line: every verb of the library under one name. Heavy modules are imported by the command that needs them."""
+
+from typing import Annotated
+
+import typer
+
+from shiftaddvit import __version__
+
+from . import nvs
+from .convert import convert
+from .energy import energy
+from .evaluate import evaluate
+from .failures import Commands
+from .finetune import finetune, pretrain
+from .listing import models, recipes
+from .sensitivity import sensitivity
+
+app = typer.Typer(
+    cls=Commands,
+    help="Give it a pre-trained vision transformer; get back one that shifts and adds, and know its accuracy, latency and energy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0, 2 for a mistake in what was given, 130 for Ctrl-C; a bug ends with its traceback and 1."""
+    app(prog_name="shiftaddvit")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"shiftaddvit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options before any command."""
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def quickstart(context: typer.Context) -> None:
+    """The whole path on embedded images in a few minutes on two cores: convert, train, compare. No download, no GPU."""
+    from shiftaddvit.quickstart.command import quickstart as command
+
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    inner.command()(command)
+    typer.main.get_command(inner).main(context.args, prog_name="shiftaddvit quickstart")
+
+
+for command in (convert, finetune, pretrain, evaluate, sensitivity, energy, recipes, models):
+    app.command()(command)
+app.add_typer(nvs.app, name="nvs")

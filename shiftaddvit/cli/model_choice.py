@@ -1,0 +1,175 @@
+"""From what the user calls a model to the model: a name that timm knows, or a file that `save` wrote."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shiftaddvit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Say = Callable[[str], None]
+
+_HEADS = ("head.weight", "head.fc.weight", "classifier.weight", "cls_classifier.weight")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """MODEL and the options that go with it."""
+
+    model: str
+    """Name in timm's registry, or path of a saved model."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for timm."""
+    weights: Path | None = None
+    """File with pre-trained weights."""
+    pretrained: bool = False
+    """Whether timm may download weights."""
+    num_classes: int | None = None
+    """Outputs; None for those of the weights."""
+    image_size: tuple[int, int] | None = None
+    """(height, width); None for the model's own."""
+    seed: int = 0
+    """Of what starts at random."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes is not None and self.num_classes < 1:
+            raise UserError(f"--num-classes must be at least 1, got {self.num_classes}")
+        if self.weights is not None and self.pretrained:
+            raise UserError("--weights and --pretrained exclude one another: give one")
+        if self.is_file and (self.weights is not None or self.pretrained):
+            raise UserError(f"{self.model} brings its own weights: leave out --weights and --pretrained")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether MODEL is meant as a file."""
+        return self.model.endswith((".safetensors", ".pth", ".pt", ".bin")) or "/" in self.model
+
+    def stored(self) -> dict[str, Any]:
+        """What the file says about its images; empty for a model by name."""
+        return stored_settings(Path(self.model)) if self.is_file else {}
+
+
+def stored_settings(path: Path) -> dict[str, Any]:
+    """`image_size`, `crop_pct` and `classes`, as far as the file of a model holds them."""
+    from shiftaddvit.serialization import read_metadata
+
+    return json.loads(read_metadata(path).get("shiftaddvit.images", "{}"))
+
+
+def settings_to_store(size: tuple[int, int], crop_pct: float, classes: list[str] | None) -> dict[str, str]:
+    """Metadata from which `stored_settings` reads how a model wants its images."""
+    return {"shiftaddvit.images": json.dumps({"image_size": list(size), "crop_pct": crop_pct, "classes": classes})}
+
+
+def open_model(choice: ModelChoice, say: Say, verbose: bool = False) -> "nn.Module":
+    """The model, dense or converted, with its weights; what was not taken over as it is, is said."""
+    import torch
+
+    from shiftaddvit.serialization import load
+
+    torch.manual_seed(choice.seed)
+    if not choice.is_file:
+        return _dense(choice, say, verbose)
+    path = Path(choice.model)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no model that shiftaddvit saved (.safetensors); give timm's name of the model, and the file with --weights")
+    model = load(path)
+    built = model.shiftaddvit_architecture
+    if hasattr(model, "shiftaddvit_recipe"):
+        return _converted(model, choice, say)
+    # A dense file is a name and its weights, so that another class count or image size is bridged as for any other weights.
+    wanted = {**built.args, **choice.args}
+    same = choice.num_classes in (None, model.num_classes) and choice.image_size in (None, own_size(model)) and wanted == dict(built.args)
+    if same:
+        return model
+    classes = choice.num_classes or model.num_classes
+    return _dense(replace(choice, model=built.name, args=wanted, weights=path, num_classes=classes), say, verbose)
+
+
+def own_size(model: "nn.Module") -> tuple[int, int]:
+    """(height, width) that the model was built for."""
+    fixed = fixed_size(model)
+    if fixed is not None:
+        return fixed
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(config.get("input_size", (3, 224, 224))[1:])
+
+
+def fixed_size(model: "nn.Module") -> tuple[int, int] | None:
+    """(height, width) that its position embeddings are for; None where any size is as good."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return tuple(size) if size is not None else None
+
+
+def counted(rows: Iterable[tuple[str, str]]) -> str:
+    """`12 × zeros; 3 × dropout`: the reasons of a report's rows."""
+    return "; ".join(f"{count} × {reason}" for reason, count in Counter(reason for _, reason in rows).items())
+
+
+def _dense(choice: ModelChoice, say: Say, verbose: bool) -> "nn.Module":
+    from shiftaddvit.models import load_pretrained
+
+    classes = choice.num_classes
+    if classes is None and choice.weights is not None and "num_classes" not in choice.args:
+        classes = _classes_in(choice.weights)
+    args = dict(choice.args) | ({"num_classes": classes} if classes is not None else {})
+    model = _build(choice, args)
+    fixed = fixed_size(model)
+    if choice.image_size is not None and fixed is not None and fixed != choice.image_size:
+        model = _build(choice, args | {"img_size": choice.image_size})
+    if choice.weights is not None:
+        report = load_pretrained(model, choice.weights)
+        say(str(report) if verbose else _load_summary(report))
+    elif choice.pretrained:
+        say(f"{choice.model}: timm's pre-trained weights")
+    else:
+        say(f"{choice.model}: no --weights given, so its weights are random")
+    return model
+
+
+def _build(choice: ModelChoice, args: Mapping[str, Any]) -> "nn.Module":
+    from shiftaddvit.reparam.architecture import create_model
+
+    try:
+        return create_model(choice.model, args, pretrained=choice.pretrained)
+    except UserError:
+        raise
+    except (AssertionError, ValueError, ZeroDivisionError, RuntimeError, OSError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        what = "cannot be downloaded; give a file with --weights" if choice.pretrained else f"cannot be built with {dict(args)}"
+        raise UserError(f"model {choice.model!r} {what}: {why}") from None
+
+
+def _converted(model: "nn.Module", choice: ModelChoice, say: Say) -> "nn.Module":
+    if choice.args:
+        raise UserError(f"{choice.model} is converted, its architecture is settled: leave out --model-arg")
+    fixed = fixed_size(model)
+    if choice.image_size is not None and fixed not in (None, choice.image_size):
+        raise UserError(f"{choice.model} is converted and takes images of {fixed[0]}×{fixed[1]}, not {choice.image_size[0]}×{choice.image_size[1]}")
+    if choice.num_classes is not None and choice.num_classes != model.num_classes:
+        say(f"{choice.model}: its head for {model.num_classes} classes starts anew for {choice.num_classes}")
+        model.reset_classifier(choice.num_classes)
+        built = model.shiftaddvit_architecture
+        model.shiftaddvit_architecture = replace(built, args={**built.args, "num_classes": choice.num_classes})
+    return model
+
+
+def _classes_in(path: Path) -> int | None:
+    """Rows of the classifier among the weights, where there is one under a name that is known."""
+    from shiftaddvit.models import read_weights
+
+    weights = read_weights(path)
+    heads = [weights[key] for key in _HEADS if key in weights]
+    return int(heads[0].shape[0]) if heads and heads[0].ndim == 2 else None
+
+
+def _load_summary(report: Any) -> str:
+    lines = [f"{report.path}: {report.layout}, {report.architecture}; {len(report.used)} tensors used"]
+    lines += [f"  starts otherwise: {key}: {how}" for key, how in report.made]
+    lines += [f"  left out: {counted(report.dropped)}"] if report.dropped else []
+    return "\n".join([*lines, *(f"  note: {note}" for note in report.notes)])
