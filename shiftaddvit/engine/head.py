@@ -1,0 +1,93 @@
+"""The closing norm, the pooling and the classification head, in float32."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shiftaddvit.errors import UserError
+
+from .program import About, Launch
+from .weights import Norm, Preparation
+
+Pool = Literal["token", "avg", "max", "avgmax", "distilled"]
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """Logits of the pooled tokens."""
+
+    name: str
+    """Module name in the model."""
+    norm: Norm | None
+    """Before pooling."""
+    pool: Pool
+    """`distilled` reads the class and the distillation token."""
+    first: int
+    """The first token that an average or maximum looks at."""
+    pooled_norm: Norm | None
+    """After pooling."""
+    weight: Float[Tensor, "K C"] | None
+    """float32; None for a model without a head. For `distilled` (K, 2C): both heads, each halved."""
+    bias: Float[Tensor, "K"] | None
+    """float32."""
+    width: int
+    """Channels of a token."""
+
+    def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B K"]:
+        # Only the tokens that are read are normalised.
+        x = x[:, : {"token": 1, "distilled": 2}[self.pool]] if self.pool in ("token", "distilled") else x[:, self.first :]
+        x = x.float()
+        x = self.norm.run(x) if self.norm else x
+        x = self._pooled(x)
+        x = self.pooled_norm.run(x) if self.pooled_norm else x
+        return x if self.weight is None else F.linear(x, self.weight, self.bias)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if self.pool == "avg":
+            return x.mean(dim=1)
+        if self.pool == "max":
+            return x.amax(dim=1)
+        if self.pool == "avgmax":
+            return (x.amax(dim=1) + x.mean(dim=1)) / 2
+        return x.flatten(1)
+
+    def about(self) -> About:
+        ops = " + ".join([*(["layer_norm"] if self.norm or self.pooled_norm else []), self.pool, "linear"])
+        return About(ops, f"{self.outputs}", "mult", False)
+
+    @property
+    def outputs(self) -> int:
+        return self.width if self.weight is None else self.weight.shape[0]
+
+
+def lower_head(
+    head: nn.Module,
+    name: str,
+    norm: Norm | None,
+    pool: Pool,
+    first: int,
+    width: int,
+    prep: Preparation,
+    pooled_norm: Norm | None = None,
+    second: nn.Module | None = None,
+) -> HeadStep:
+    """`second` is the distillation token's head. UserError for a head that is no linear layer, or an unknown pooling."""
+    if pool not in ("token", "avg", "max", "avgmax", "distilled"):
+        raise UserError(f"the engine cannot lower a model with global_pool = {pool!r}: allowed: avg, avgmax, max, token")
+    if isinstance(head, nn.Identity) and (second is None or isinstance(second, nn.Identity)):
+        if pool != "distilled":
+            return HeadStep(name, norm, pool, first, pooled_norm, None, None, width)
+        half = torch.eye(width) / 2
+        return HeadStep(name, norm, pool, first, pooled_norm, prep.vector(torch.cat([half, half], dim=1)), None, width)
+    for part in (head, second) if second is not None else (head,):
+        if type(part) is not nn.Linear:
+            raise UserError(f"the engine cannot lower {name} ({type(part).__name__}): the classification head must be Linear")
+    weight, bias = head.weight.detach().float(), head.bias.detach().float() if head.bias is not None else None
+    if second is not None:
+        weight = torch.cat([weight, second.weight.detach().float()], dim=1) / 2
+        bias = (bias + second.bias.detach().float()) / 2 if bias is not None else None
+    return HeadStep(name, norm, pool, first, pooled_norm, prep.vector(weight), prep.vector(bias), width)
