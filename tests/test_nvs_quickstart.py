@@ -1,5 +1,8 @@
 """The embedded scene agrees with its own poses and depth, and the quickstart runs on it."""
 
+import shutil
+
+import pytest
 import torch
 from PIL import Image
 
@@ -7,6 +10,9 @@ from shiftaddvit.nvs import quickstart as module
 from shiftaddvit.nvs.cameras import pixel_grid, pixel_rays, project
 from shiftaddvit.nvs.gnt import GNTConfig
 from shiftaddvit.nvs.inspect import inspect_scene
+from shiftaddvit.nvs.load import load_scene
+from shiftaddvit.nvs.pictures import write_png
+from shiftaddvit.nvs.prepare import prepare
 from shiftaddvit.nvs.quickstart import embedded_depth, embedded_scene, quickstart
 
 
@@ -53,3 +59,21 @@ def test_quickstart_writes_a_strip(tmp_path, monkeypatch):
     assert Image.open(result.strip).size == (4 * 126, 2 * 94)
     assert any("recipe gnt-add-shift-moe" in line for line in said)
     assert torch.isfinite(torch.tensor([score.psnr for score in result.scores.values()])).all()
+
+
+def test_prepare_places_photos_and_names_the_stray_one(tmp_path):
+    """Structure from motion on eight of the pictures finds their true positions, up to a similarity."""
+    pytest.importorskip("pycolmap")
+    chosen = [0, 1, 2, 3, 6, 7, 8, 9]
+    (tmp_path / "photos").mkdir()
+    for view in chosen:
+        shutil.copy(module._folder() / "images" / f"view{view:02d}.jpg", tmp_path / "photos")
+    write_png(tmp_path / "photos" / "stray.png", torch.rand(189, 252, 3, generator=torch.Generator().manual_seed(0)))
+    done = prepare(tmp_path / "photos", tmp_path / "scene", threads=1)
+    assert done.dropped == ("stray.png",) and len(done.scene) == 8 and done.pixel_error < 1.5
+    found = load_scene(tmp_path / "scene").poses[:, :3, 3]
+    truth = embedded_scene().poses[chosen, :3, 3]
+    found, truth = found - found.mean(dim=0), truth - truth.mean(dim=0)
+    left, sizes, right = torch.linalg.svd(found.T @ truth)
+    aligned = sizes.sum() / found.square().sum() * found @ (right.T @ left.T).T
+    assert (aligned - truth).norm(dim=-1).mean() < 0.15 * truth.norm(dim=-1).mean()

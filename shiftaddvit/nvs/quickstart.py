@@ -93,7 +93,7 @@ def quickstart(
 
 
 def _config(minutes: float, lr: float) -> NvsTrainConfig:
-    return NvsTrainConfig(steps=100_000, minutes=minutes, rays=96, lr=lr, lr_features=lr, warmup_steps=20, source_jitter=1, check_every=50)
+    return NvsTrainConfig(steps=100_000, minutes=minutes, rays=96, lr=lr, lr_features=lr, warmup_steps=20, source_jitter=1, check_every=150)
 
 
 def picture_strip(scene: Scene, view: int, shown: dict[str, Picture]) -> Float[Tensor, "2H W 3"]:
