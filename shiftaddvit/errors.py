@@ -12,6 +12,8 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     """The error for a name that is not in a list, with the nearest names first."""
     allowed = sorted(allowed)
     near = get_close_matches(name, allowed, n=3, cutoff=0.5)
+    if near and len(allowed) > 40:
+        return UserError(f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, near))}? ({len(allowed)} are known)")
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    shown = allowed if len(allowed) <= 30 else [*allowed[:30], f"… {len(allowed) - 30} more"]
+    shown = allowed if len(allowed) <= 40 else [*allowed[:40], f"… {len(allowed) - 40} more"]
     return UserError(f"unknown {kind} {name!r}: {hint}allowed: {', '.join(shown)}")
