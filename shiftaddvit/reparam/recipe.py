@@ -1,6 +1,7 @@
 """A recipe says which primitive computes what; its fields are the columns of the method's ablation table."""
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -62,7 +63,7 @@ class Recipe:
         for column, allowed in _COLUMNS.items():
             if getattr(self, column) not in allowed:
                 raise UserError(f"recipe field {column!r} must be one of {', '.join(allowed)}, got {getattr(self, column)!r}")
-        # With overrides the pair may be completed module by module; `at` checks it there.
+        # With overrides the pair may be completed module by module; `at` settles it there.
         if self.add != "none" and self.attention != "linear" and not self.overrides:
             raise UserError(f"recipe field 'add' = {self.add!r} needs attention = 'linear' (or 'ecoformer', which hashes by itself)")
         for pattern, change in self.overrides:
@@ -73,13 +74,21 @@ class Recipe:
                     raise UserError(f"override {pattern!r}: {column} must be one of {', '.join(_COLUMNS[column])}, got {value!r}")
 
     def at(self, module_name: str) -> "Recipe":
-        """This recipe with the overrides that match the module or any module around it."""
+        """This recipe with the overrides that match the module or any module around it. Only linear attention has codes, so `add` is
+        `none` where attention is something else."""
+        changes = self.overridden(module_name)
+        if changes.get("attention", self.attention) != "linear":
+            changes["add"] = "none"
+        return replace(self, **changes, overrides=())
+
+    def overridden(self, module_name: str) -> dict[str, str]:
+        """The columns that overrides set for the module, and their values there."""
         names = _with_ancestors(module_name)
-        changed = self
+        changes: dict[str, str] = {}
         for pattern, change in self.overrides:
             if any(fnmatchcase(name, pattern) for name in names):
-                changed = replace(changed, **change, overrides=())
-        return replace(changed, overrides=())
+                changes |= change
+        return changes
 
     def unmatched(self, module_names: list[str]) -> list[str]:
         """The override patterns that fit none of the given modules or the modules around them."""
@@ -98,7 +107,10 @@ class Recipe:
         """The inverse of `to_dict`. Unknown fields and wrong values raise UserError naming `source`."""
         values = dict(values)
         overrides = []
-        for entry in values.pop("overrides", ()):
+        given = values.pop("overrides", ())
+        if not isinstance(given, list | tuple) or not all(isinstance(entry, Mapping) for entry in given):
+            raise UserError(f"{source}: overrides must be a list of tables, got {given!r}")
+        for entry in given:
             entry = dict(entry)
             if "modules" not in entry:
                 raise UserError(f"{source}: an override needs the field 'modules' (a glob on module names)")
@@ -201,7 +213,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 from shiftaddvit.errors import UserError
@@ -47,9 +48,10 @@ def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[MlpSite]]:
     attentions, mlps = [], []
     last = _last_stage_prefix(model)
     prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
+    has_class_token = getattr(model, "cls_token", None) is not None
     for name, module in model.named_modules():
         if _is_attention(module):
-            attentions.append(_attention_site(name, module, prefix_tokens, last))
+            attentions.append(_attention_site(name, module, prefix_tokens, last, has_class_token))
         elif isinstance(getattr(module, "fc1", None), nn.Linear) and isinstance(getattr(module, "fc2", None), nn.Linear):
             mixes = any(isinstance(child, nn.Conv2d) for child in module.modules())
             mlps.append(MlpSite(name, module, mixes))
@@ -68,15 +70,19 @@ def _is_attention(module: nn.Module) -> bool:
     return has_proj and (fused or split)
 
 
-def _attention_site(name: str, module: nn.Module, prefix_tokens: int, last: str | None) -> AttentionSite:
+def _attention_site(
+    name: str, module: nn.Module, prefix_tokens: int, last: str | None, has_class_token: bool
+) -> AttentionSite:
     in_last = last is not None and name.startswith(last)
     if isinstance(getattr(module, "kv", None), nn.Linear):
-        # PVTv1 puts its class token in front of the last stage only, where attention stays as it is.
         obstacle = "" if hasattr(module, "sr") else "its queries and keys are not of one sequence"
-        return AttentionSite(name, module, "sra", ("q", "kv", "proj"), 0, in_last, obstacle)
+        # PVTv1 has its class token in the last stage only; other pyramids have none.
+        return AttentionSite(name, module, "sra", ("q", "kv", "proj"), int(in_last and has_class_token), in_last, obstacle)
     obstacle = _qkv_obstacle(module)
     kind = "linears-only" if obstacle else "qkv"
-    return AttentionSite(name, module, kind, ("qkv", "proj"), prefix_tokens, in_last, obstacle)
+    # With biases of its own such a module uses the weight of qkv directly, which then must stay a weight.
+    linears = ("proj",) if getattr(module, "q_bias", None) is not None else ("qkv", "proj")
+    return AttentionSite(name, module, kind, linears, prefix_tokens, in_last, obstacle)
 
 
 def _qkv_obstacle(module: nn.Module) -> str:
@@ -88,8 +94,10 @@ def _qkv_obstacle(module: nn.Module) -> str:
         return "a gate on its output"
     if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
         return "a norm between its heads and its projection"
-    if type(module).__name__ != "Attention":
-        return f"the unknown form {type(module).__name__}"
+    if getattr(module, "q_bias", None) is not None:
+        return "biases of queries and values beside its linear"
+    if not isinstance(module, Attention):
+        return f"the unknown form {type(module).__module__}.{type(module).__name__}"
     return ""
 
 

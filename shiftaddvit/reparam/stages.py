@@ -28,8 +28,11 @@ def converts_attention(model: nn.Module) -> bool:
 
 
 def converts_linears(model: nn.Module) -> bool:
-    """Whether the recipe changed any linear layer, so that a second stage has something to train."""
-    return any(isinstance(module, (ShiftLinear, MoELinear, MoEMlp)) for module in model.modules())
+    """Whether the recipe changes any linear layer, so that a second stage has something to train; true in the first stage too."""
+    recipe = model.shiftaddvit_recipe
+    columns = [recipe.attn_linear, recipe.mlp]
+    columns += [change[column] for _, change in recipe.overrides for column in ("attn_linear", "mlp") if column in change]
+    return any(column != "mult" for column in columns)
 
 
 def to_attention_stage(model: nn.Module) -> nn.Module:
@@ -53,7 +56,7 @@ def to_linear_stage(model: nn.Module) -> nn.Module:
 def _dense(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (MoELinear, MoEMlp)):
         first = module.experts[0]
-        return _dense(first) or first
+        return _dense(first) or to_attention_stage(first)
     if not isinstance(module, ShiftLinear):
         return None
     linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)

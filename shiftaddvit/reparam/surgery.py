@@ -48,10 +48,13 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
     attentions, mlps = find_sites(model)
     lost = recipe.unmatched(_linear_names(attentions, mlps, recipe))
     if lost:
-        raise UserError(f"no attention or MLP matches the override pattern {lost[0]!r}; names look like {attentions[0].name!r}")
+        raise UserError(f"no attention or MLP matches the override pattern {lost[0]!r}; names look like {[*attentions, *mlps][0].name!r}")
     report = Report()
+    # Everything is checked before anything changes.
     for site in attentions:
-        _check_attention(site, recipe.at(site.name))
+        _check_attention(site, recipe)
+    for site in mlps:
+        _check_mlp(site, recipe.at(site.name))
     for site in attentions:
         _convert_attention(model, site, recipe, report)
     convert_linears(model, recipe, report)
@@ -76,11 +79,20 @@ def _stays(site: AttentionSite, recipe: Recipe) -> bool:
 
 
 def _check_attention(site: AttentionSite, recipe: Recipe) -> None:
-    if site.obstacle and not _stays(site, recipe):
+    here = recipe.at(site.name)
+    codes = recipe.overridden(site.name).get("add", "none")
+    if codes != here.add and here.attention != "linear":
+        raise UserError(f"an override sets add = {codes!r} for {site.name}: it needs attention = 'linear' there, not {here.attention!r}")
+    if site.obstacle and not _stays(site, here):
         raise UserError(
-            f"{site.name} ({type(site.module).__name__}) cannot take attention = {recipe.attention!r} because of {site.obstacle}; "
+            f"{site.name} ({type(site.module).__name__}) cannot take attention = {here.attention!r} because of {site.obstacle}; "
             "use attention = 'keep' for it (an override), its linears can still shift"
         )
+
+
+def _check_mlp(site: MlpSite, recipe: Recipe) -> None:
+    if recipe.mlp == "moe" and recipe.moe.router == "mlp" and site.mixes_tokens:
+        raise UserError(f"{site.name} has a convolution between its linears: moe.router must be 'linear' for it, got 'mlp'")
 
 
 def _convert_attention(model: nn.Module, site: AttentionSite, recipe: Recipe, report: Report) -> None:
@@ -163,8 +175,6 @@ def _fused_qkv(site: AttentionSite, shared: bool, report: Report) -> nn.Linear:
 def _convert_mlp(model: nn.Module, site: MlpSite, recipe: Recipe, report: Report) -> None:
     here = recipe.at(site.name)
     if here.mlp == "moe" and here.moe.router == "mlp":
-        if site.mixes_tokens:
-            raise UserError(f"{site.name} has a convolution between its linears: moe.router must be 'linear' for it, got 'mlp'")
         to_shift = _mlp_to_shift(here)
         _replace(model, site.name, MoEMlp.from_mlp(site.module, to_shift, here.moe))
         report.used.append((site.name, f"{site.name}.experts.*"))
