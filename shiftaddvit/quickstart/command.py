@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shiftaddvit.cli.failures import refuse_existing
 from shiftaddvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,8 +53,8 @@ def run(output: Path, budget: "Budget", console: "Console", *, seed: int = 0, de
         raise UserError(f"--output {output} is a file: give a folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UserError(f"{output} already holds files: replace its run (--overwrite) or choose another folder (--output)")
-    if as_json not in (None, "-"):
-        refuse_existing(Path(as_json), overwrite)
+    if as_json not in (None, "-") and Path(as_json).exists() and not overwrite:
+        raise UserError(f"--json {as_json} exists already: name another file, or replace it with --overwrite")
     started = time.monotonic()
     setting = Setting(load_images(), budget, output, claim_device(device), seed, show)
     console.print(
@@ -74,7 +73,7 @@ def run(output: Path, budget: "Budget", console: "Console", *, seed: int = 0, de
     console.print(reading())
     console.print()
     console.print(saved(rows[-1]), soft_wrap=True)
-    console.print(f"All models and {RESULT}, the numbers with their conditions, are in {output}/; {seconds:.0f} s in all.", soft_wrap=True)
+    console.print(f"All models and {RESULT}, the numbers with their conditions, are in {output}/; {seconds:.0f} s in all.", soft_wrap=True, markup=False)
     console.print()
     console.print(PLAIN_WORDS, style="bold")
     console.print()

@@ -1,5 +1,6 @@
 """What the quickstart says: the table, how to read it, and what to do next."""
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -24,13 +25,13 @@ PYTHON = """\
 
 def results_table(rows: list[RowResult]) -> Table:
     """One line a row."""
-    table = Table(title=f"Fashion-MNIST, {rows[0].evaluation.images:,} test images; measured in this run", title_style="")
+    table = Table(title=f"Fashion-MNIST, {rows[0].evaluation.images:,} test images; measured in this run", title_style="", box=box.SIMPLE_HEAD)
     table.add_column("row", no_wrap=True)
-    for heading in ("top-1 %", "95 % interval", "tokens\non shift", "mults\nremoved", "file", "of fp32\ndense"):
+    for heading in ("top-1\n%", "95 %\ninterval", "tokens\non shift", "mults\nremoved", "file", "of fp32\ndense"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         low, high = row.evaluation.interval95
-        cells = [f"{row.evaluation.top1:.1f}", f"{low:.1f} – {high:.1f}", share(row.shift_share), percent(row.removed)]
+        cells = [f"{row.evaluation.top1:.1f}", f"{low:.1f}–{high:.1f}", share(row.shift_share), percent(row.removed)]
         table.add_row(row.name, *cells, f"{row.bytes / 1000:,.0f} kB", f"{row.bytes / row.dense_bytes:.2f}×")
     return table
 
