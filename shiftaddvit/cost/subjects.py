@@ -1,6 +1,7 @@
 """What can be costed by name: any timm model, with or without a recipe, and the two networks for view synthesis."""
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 
@@ -75,10 +76,39 @@ def named_recipe(recipe: str) -> Recipe:
 
 
 def model_subject(model: nn.Module, name: str, image_size: tuple[int, int] | None, batch: int) -> Subject:
-    """A network as it is."""
-    height, width = image_size or _default_size(model)
+    """A network as it is. Traced again only when its modules changed."""
+    return replace(_traced(_Known(weakref.ref(model), _layout(model)), image_size or _default_size(model), batch), name=name)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A network, and what its trace depends on besides its sizes."""
+
+    network: weakref.ref
+    layout: tuple
+
+
+@lru_cache(maxsize=16)
+def _traced(known: _Known, image_size: tuple[int, int], batch: int) -> Subject:
+    model = known.network()
     channels = int((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3,))[0])
-    return Subject(name, trace(model, (batch, channels, height, width)), attention_sites(model), batch, (height, width))
+    return Subject("", trace(model, (batch, channels, *image_size)), attention_sites(model), batch, image_size)
+
+
+def _layout(model: nn.Module) -> tuple:
+    """Names, types, plain attributes and shapes of parameters of all modules."""
+    return tuple((name, type(module), *_plain_attributes(module)) for name, module in model.named_modules())
+
+
+def _plain_attributes(module: nn.Module) -> tuple:
+    plain = (int, float, str, type(None))
+    shapes = tuple(tuple(x.shape) for x in module.parameters(recurse=False))
+    values = tuple(
+        (key, value)
+        for key, value in vars(module).items()
+        if key != "training" and (isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(v, plain) for v in value)))
+    )
+    return shapes, values
 
 
 def _sized(name: str, image_size: tuple[int, int] | None) -> nn.Module:
