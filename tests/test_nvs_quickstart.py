@@ -52,11 +52,12 @@ def test_quickstart_writes_a_strip(tmp_path, monkeypatch):
     """A few steps of a tiny model: the path, not the quality (that takes minutes)."""
     tiny = GNTConfig(width=8, depth=1, samples=4, sources=2, feature_channels=4, feature_base=4, heads=2, dropout=0.0)
     monkeypatch.setattr(module, "SMALL", tiny)
+    monkeypatch.setattr(module, "embedded_scene", lambda: embedded_scene(48))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said = []
     result = quickstart(tmp_path / "out", "gnt-add-shift-moe", 0.01, 0.01, say=said.append)
     assert list(result.scores) == ["nearest", "gnt", "gnt-add-shift-moe"]
-    assert Image.open(result.strip).size == (4 * 126, 2 * 94)
+    assert Image.open(result.strip).size == (4 * 48, 2 * 36)
     assert any("recipe gnt-add-shift-moe" in line for line in said)
     assert torch.isfinite(torch.tensor([score.psnr for score in result.scores.values()])).all()
 

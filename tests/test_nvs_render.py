@@ -352,6 +352,14 @@ def test_inspect_from_the_command_line(folder, tmp_path):
     assert Image.open(tmp_path / "cameras.png").size == (960, 480)
 
 
+def test_a_mistake_exits_with_two_and_one_line():
+    from shiftaddvit.cli.main import app as whole
+
+    result = CliRunner().invoke(whole, ["nvs", "inspect", "nowhere"])
+    assert result.exit_code == 2
+    assert "nowhere: no such folder" in result.output and "Traceback" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
