@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_write
 from shiftaddvit.layers.hashing import KernelHash
-from shiftaddvit.layers.packed import pack
+from shiftaddvit.layers.packed import is_packed, pack
 from shiftaddvit.layers.shift import ShiftLinear
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.reparam.architecture import Architecture, architecture_of, dense_skeleton
@@ -68,7 +68,9 @@ def save(model: nn.Module, path: str | os.PathLike, *, packed: bool = False, met
     recipe = getattr(model, "shiftaddvit_recipe", None)
     dense = dense_skeleton(architecture)
     dense_bytes = 4 * sum(p.numel() for p in dense.parameters())
-    packed = packed or getattr(model, "shiftaddvit_packed", False)
+    if metadata and "shiftaddvit" in metadata:
+        raise UserError("metadata key 'shiftaddvit' is the file's own header: choose another")
+    packed = packed or is_packed(model)
     written = pack(deepcopy(model)) if packed else model
     _check_rebuilds(written, dense, recipe, packed)
     header = {
@@ -79,8 +81,11 @@ def save(model: nn.Module, path: str | os.PathLike, *, packed: bool = False, met
     }
     tensors = {name: _shrink(tensor.detach().cpu()) for name, tensor in written.state_dict().items()}
     strings = {"shiftaddvit": json.dumps(header), "format": "pt"} | (metadata or {})
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=strings)
+    try:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=strings)
+    except SafetensorError as error:
+        raise UserError(f"{path} could not be written, nothing was replaced: {error}") from None
     return SaveReport(str(path), Path(path).stat().st_size, dense_bytes, packed)
 
 
@@ -89,12 +94,9 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Modu
     newer format, or whose tensors do not fit."""
     header, tensors = _read(path)
     architecture = Architecture(**header["architecture"])
-    model = dense_skeleton(architecture)
-    if header["recipe"] is not None:
-        reparameterize(model, Recipe.from_dict(header["recipe"], source=f"the recipe in {path}"))
-    if header["packed"]:
-        pack(model)
-        model.shiftaddvit_packed = True
+    recipe = Recipe.from_dict(header["recipe"], source=f"the recipe in {path}") if header["recipe"] is not None else None
+    model = _rebuild(dense_skeleton(architecture), recipe, header["packed"])
+    model.shiftaddvit_packed = header["packed"]
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected.keys() - tensors.keys()]
     problems += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
@@ -132,11 +134,13 @@ def _read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
         raise UserError(f"{path} holds weights but no shiftaddvit model; load it into a model with shiftaddvit.load_pretrained")
     try:
         header = json.loads(metadata["shiftaddvit"])
-        version = header["format"]
+        version, parts = header["format"], set(header)
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path}: its header is damaged") from None
     if version != FORMAT:
         raise UserError(f"{path} has format {version}; this version reads format {FORMAT}")
+    if not {"architecture", "recipe", "packed"} <= parts or set(header["architecture"]) != {"name", "args"}:
+        raise UserError(f"{path}: its header is damaged")
     with safe_open(str(path), framework="pt") as file:
         return header, {key: file.get_tensor(key) for key in file.keys()}
 
@@ -150,13 +154,18 @@ def _shrink(tensor: Tensor) -> Tensor:
     return half if torch.equal(half.to(torch.float32), tensor) else tensor
 
 
+def _rebuild(dense: nn.Module, recipe: Recipe | None, packed: bool) -> nn.Module:
+    """The form that a model had when it was saved, leaving the random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        if recipe is not None:
+            reparameterize(dense, recipe)
+        return pack(dense) if packed else dense
+
+
 def _check_rebuilds(model: nn.Module, dense: nn.Module, recipe: Recipe | None, packed: bool) -> None:
     """The file must lead back to this model: same names and shapes as its architecture and recipe give."""
-    if recipe is not None:
-        reparameterize(dense, recipe)
-    if packed:
-        pack(dense)
-    expected = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
+    rebuilt = _rebuild(dense, recipe, packed)
+    expected = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
     actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if expected != actual:
         odd = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
