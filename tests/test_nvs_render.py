@@ -312,10 +312,12 @@ def test_a_start_of_another_shape_is_refused(folder, scene, field, value):
 
 
 def test_bench_keeps_measured_modelled_and_published_apart(scene):
-    timings = [time_row(name, GNT(TINY), scene, "cpu", repeats=1) for name in ("gnt", "gnt-shift")]
+    timings = [time_row(name, GNT(TINY), scene, "cpu", repeats=1) for name in ("gnt", "gnt-shift", "mine")]
     result = bench_result(timings, scene, "cpu", "fp32", 1)
     row = result["rows"][1]
-    assert row["seconds"] > 0 and row["joules"] is None and row["published_seconds"] == 531.2
+    assert row["seconds"] > 0 and row["published_seconds"] == 531.2 and row["published_joules"] is None
+    assert 0 < row["joules_paper"] < result["rows"][0]["joules_paper"]
+    assert result["rows"][2]["joules"] is None
     assert "| gnt-shift | " in bench_table(result) and "not run" in bench_table(result)
     json.dumps(result, allow_nan=False)
 

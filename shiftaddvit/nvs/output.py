@@ -56,13 +56,14 @@ def bench_table(result: dict) -> str:
     lines = [
         f"{result['scene']}, {result['width']}×{result['height']}, {result['conditions']['device']}",
         "",
-        "| row | s/image, measured | over GNT | J/image, modelled (analytical Eyeriss) | s/image, published | J/image, published |",
-        "|---|---|---|---|---|---|",
+        "| row | s/image, measured | over GNT | J/image, modelled (eyeriss) | J/image, modelled (paper) | s/image, published | J/image, published |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        cells = [f"{row['seconds']:.3f}", _cell(row["speed_up"], "{:.2f}×"), _cell(row["joules"], "{:.1f}")]
+        cells = [f"{row['seconds']:.3f}", _cell(row["speed_up"], "{:.2f}×"), _cell(row["joules"], "{:.0f}"), _cell(row["joules_paper"], "{:.0f}")]
         cells += [_cell(row["published_seconds"], "{:.1f}", "–"), _cell(row["published_joules"], "{:.0f}", "–")]
         lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+    lines += ["", "Modelled: the published network of the row, analytical Eyeriss model; never a measurement."]
     return "\n".join(lines)
 
 
