@@ -75,7 +75,7 @@ class Program:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every prepared weight."""
-        return _tensors(self.steps)
+        return tensors_of(self.steps)
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +98,8 @@ class Program:
             mine.copy_(theirs)
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Every tensor inside a step, a tuple of steps or a module."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, nn.Module):
@@ -106,10 +107,10 @@ def _tensors(value: object) -> Iterator[Tensor]:
         yield from value.buffers()
     elif isinstance(value, tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif is_dataclass(value):
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_of(getattr(value, field.name))
 
 
 def _form(value: object) -> object:
@@ -117,7 +118,8 @@ def _form(value: object) -> object:
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape), value.dtype)
     if isinstance(value, nn.Module):
-        return (type(value), repr(value), getattr(value, "config", None), *(tuple(tensor.shape) for tensor in _tensors(value)))
+        plain = {name: item for name, item in vars(value).items() if not name.startswith("_")}
+        return (type(value), repr(value), plain, *(tuple(tensor.shape) for tensor in tensors_of(value)))
     if isinstance(value, tuple):
         return tuple(_form(item) for item in value)
     if is_dataclass(value):

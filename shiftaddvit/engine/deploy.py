@@ -1,0 +1,57 @@
+"""The way in: a model becomes an engine."""
+
+import torch
+from torch import nn
+
+from shiftaddvit.errors import UserError
+from shiftaddvit.ops.backends import Backend, choose_backend
+
+from .engine import Engine
+from .lower import lower
+from .program import Launch
+
+
+def deploy(
+    model: nn.Module,
+    batch_size: int | tuple[int, ...] = 1,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    backend: Backend = "auto",
+    pdl: bool = False,
+) -> Engine:
+    """An engine with the model's weights as they are now: `engine(images) -> logits (B, classes)` in float32.
+
+    `batch_size` lists the batches that become CUDA graphs on a GPU. `dtype` is bfloat16 on a GPU and float32 on a CPU; `device` the
+    model's; `image_size` the one the model was made for. `backend` is that of every op. `pdl` overlaps kernel launches
+    (compute capability 9 and newer). The model keeps its own weights, mode and device. UserError names a module that cannot be lowered, or an argument.
+    """
+    sizes = tuple(batch_size) if isinstance(batch_size, (tuple, list)) else (batch_size,)
+    if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+        raise UserError(f"batch_size must be a positive number or a tuple of them, got {batch_size!r}")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch module, got {type(model).__name__}")
+    where = _device(device, model)
+    if dtype is None:
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    choose_backend(backend, torch.empty(0, device=where))
+    if pdl and (where.type != "cuda" or torch.cuda.get_device_capability(where) < (9, 0)):
+        raise UserError(f"pdl=True needs a GPU of compute capability 9 or newer, the engine is on {where}")
+    return Engine(lower(model, dtype, image_size, where), sizes, Launch(backend, pdl))
+
+
+def _device(asked: torch.device | str | None, model: nn.Module) -> torch.device:
+    try:
+        device = torch.device(asked) if asked is not None else next(model.parameters()).device
+    except RuntimeError:
+        raise UserError(f"device must be 'cpu' or 'cuda', got {asked!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device {str(device)!r} asked for, but this machine has no CUDA device; use device='cpu'")
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        if index >= torch.cuda.device_count():
+            raise UserError(f"device 'cuda:{index}' asked for, but there are {torch.cuda.device_count()}")
+        return torch.device("cuda", index)
+    return torch.device("cpu")

@@ -1,0 +1,346 @@
+"""The engine computes what the model computes, for every family and recipe, and refuses what it cannot."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import shiftaddvit as sav
+from shiftaddvit.engine import Engine, Program, deploy, lower
+from shiftaddvit.engine.engine import largest_fitting
+from shiftaddvit.errors import UserError
+from shiftaddvit.layers.attention import AngularConfig, BinaryConfig
+from shiftaddvit.layers.hashing import HashConfig
+from shiftaddvit.layers.moe import MoEConfig
+from shiftaddvit.layers.shift import ShiftConfig
+from shiftaddvit.models.pvt_v1 import PyramidVisionTransformer
+from shiftaddvit.reparam import Recipe
+
+FLOAT32 = 1e-4
+SIZE = 32
+PYRAMID = dict(
+    depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 2), mlp_ratios=(2, 2, 2, 2), sr_ratios=(4, 2, 1, 1), num_classes=7
+)
+PLAIN = dict(img_size=SIZE, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=7)
+FAMILIES = {
+    "pvt_v2": (PyramidVisionTransformerV2, PYRAMID),
+    "pvt_v1": (PyramidVisionTransformer, PYRAMID | dict(img_size=SIZE)),
+    "vit": (VisionTransformer, PLAIN),
+}
+RECIPES = tuple(sav.recipes)
+
+
+def dense(family: str, **more) -> nn.Module:
+    torch.manual_seed(0)
+    make, args = FAMILIES[family]
+    return randomised(make(**(args | more)))
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Every parameter moved, so that nothing is zero or one by its initial value."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def converted(family: str, recipe: Recipe | str, **more) -> nn.Module:
+    recipe = sav.recipes[recipe] if isinstance(recipe, str) else recipe
+    recipe = replace(recipe, hash=HashConfig(bits=4, anchors=5, top=3, steps=2, codes=recipe.hash.codes))
+    model = randomised(sav.reparameterize(dense(family, **more), recipe))
+    if recipe.add == "ksh" or recipe.attention == "ecoformer":
+        sav.calibrate(model, images(2, seed=9))
+    return model.eval()
+
+
+def images(count: int, seed: int = 1, size: int = SIZE) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def published() -> nn.Module:
+    return converted("pvt_v2", "ours-quant-moe")
+
+
+@torch.no_grad()
+def error(engine: Engine | Program, model: nn.Module, x: torch.Tensor) -> float:
+    expected = model(x)
+    y = engine.run(x) if isinstance(engine, Program) else engine(x)
+    assert y.dtype == torch.float32 and y.shape == expected.shape
+    return float((y - expected).abs().max() / expected.abs().max())
+
+
+def engine_of(model: nn.Module, **more) -> Engine:
+    return deploy(model, image_size=SIZE, **more)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_equals_model(family: str, recipe: str):
+    model = converted(family, recipe)
+    assert error(engine_of(model), model, images(2)) < FLOAT32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_equals_dense_model(family: str):
+    model = dense(family)
+    assert error(engine_of(model), model, images(2)) < FLOAT32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_model_gives_the_same_logits_as_latent(family: str):
+    latent = converted(family, "ours-quant-moe")
+    y = engine_of(latent)(images(2))
+    assert torch.equal(y, engine_of(sav.pack(latent))(images(2)))
+
+
+VARIANTS = {
+    "unit codes": Recipe(attention="linear", add="quant", angular=AngularConfig(unit_codes=True), binary=BinaryConfig(codes="plus-minus")),
+    "similarity": Recipe(attention="linear", add="quant", angular=AngularConfig(output_norm="similarity")),
+    "published": Recipe(attention="linear", add="quant", angular=AngularConfig.published()),
+    "plus-minus, mean": Recipe(attention="linear", add="quant", binary=BinaryConfig("zero", "plus-minus"), angular=AngularConfig(local="mean")),
+    "float, no conv": Recipe(attention="linear", angular=AngularConfig(token_conv=0, local="none", output_norm="none")),
+    "last stage too": Recipe(attention="linear", add="quant", last_stage_softmax=False),
+    "threshold over the batch": Recipe(attention="linear", add="quant", binary=BinaryConfig("tensor")),
+    "paper's gate": Recipe(attention="linear", attn_linear="moe", mlp="moe", moe=MoEConfig(gate="paper")),
+    "three experts": Recipe(attn_linear="moe", mlp="moe", moe=MoEConfig(experts=("mult", "shift", "shift"))),
+    "fixed point": Recipe(attn_linear="shift", mlp="moe", shift=ShiftConfig(fixed_point=True)),
+    "DeepShift-Q of 4 bits": Recipe(attn_linear="shift", mlp="shift", shift=ShiftConfig(variant="q", bits=4, channel_offset=False)),
+    "by layer": Recipe(attention="linear", mlp="shift", overrides=(("*mlp.fc2", {"mlp": "mult"}),)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ("pvt_v2", "vit"))
+def test_engine_equals_model_for_every_option(family: str, variant: str):
+    model = converted(family, VARIANTS[variant])
+    assert error(engine_of(model), model, images(2)) < FLOAT32
+
+
+@pytest.mark.parametrize("gate", ("value-preserving", "paper"))
+def test_engine_routes_whole_mlps(gate: str):
+    model = converted("pvt_v1", Recipe(mlp="moe", moe=MoEConfig(router="mlp", gate=gate)))
+    assert error(engine_of(model), model, images(2)) < FLOAT32
+
+
+def test_engine_follows_switched_off_primitives():
+    model = converted("pvt_v2", "ours-quant-moe")
+    for module in model.modules():
+        if hasattr(module, "enabled"):
+            module.enabled = False
+    assert error(engine_of(model), model, images(2)) < FLOAT32
+
+
+VITS = {
+    "distilled": (VisionTransformerDistilled, {}),
+    "no classes": (VisionTransformer, dict(num_classes=0)),
+    "distilled, no classes": (VisionTransformerDistilled, dict(num_classes=0)),
+    "LayerScale": (VisionTransformer, dict(init_values=0.3)),
+    "averaged": (VisionTransformer, dict(global_pool="avg")),
+    "maximum": (VisionTransformer, dict(global_pool="avgmax", class_token=False)),
+    "registers": (VisionTransformer, dict(reg_tokens=3, no_embed_class=True)),
+    "q and k norms": (VisionTransformer, dict(qk_norm=True)),
+    "norm before": (VisionTransformer, dict(pre_norm=True, qkv_bias=False)),
+    "odd heads": (VisionTransformer, dict(num_heads=4)),
+    "inner norm": (VisionTransformer, dict(scale_mlp_norm=True)),
+}
+
+
+@pytest.mark.parametrize("recipe", ("pvt", "ours-quant-moe"))
+@pytest.mark.parametrize("variant", VITS)
+def test_engine_equals_every_form_of_vit(variant: str, recipe: str):
+    make, more = VITS[variant]
+    torch.manual_seed(0)
+    model = randomised(sav.reparameterize(randomised(make(**(PLAIN | more))), recipe))
+    assert error(engine_of(model), model, images(2)) < FLOAT32
+
+
+@pytest.mark.parametrize("recipe", ("pvt", "ours-quant-moe"))
+def test_engine_equals_linear_pvt_v2(recipe: str):
+    torch.manual_seed(0)
+    model = randomised(sav.reparameterize(randomised(PyramidVisionTransformerV2(**PYRAMID, linear=True)), recipe))
+    assert error(engine_of(model), model, images(2)) < FLOAT32
+
+
+def test_pictures_need_not_be_square():
+    model = converted("pvt_v2", "ours-quant-moe")
+    x = torch.randn(2, 3, 32, 64)
+    assert error(deploy(model, image_size=(32, 64)), model, x) < FLOAT32
+
+
+def test_positions_follow_the_image_size():
+    for model in (converted("pvt_v1", "ours-quant-moe"), dense("vit", dynamic_img_size=True)):
+        assert error(deploy(model, image_size=48), model, images(2, size=48)) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.bfloat16, 3e-2), (torch.float16, 1e-2)))
+def test_half_precision_engine_is_near_the_model(dtype: torch.dtype, tolerance: float):
+    model = converted("pvt_v2", Recipe(attention="linear", mlp="shift"))
+    assert error(engine_of(model, dtype=dtype), model, images(2)) < tolerance
+
+
+def test_result_of_an_image_does_not_depend_on_its_batch():
+    engine, x = engine_of(published(), batch_size=(2, 4)), images(5)
+    alone = torch.cat([engine(x[i : i + 1]) for i in range(5)])
+    for order in (range(5), (4, 2, 0, 1, 3)):
+        order = list(order)
+        assert (engine(x[order]) - alone[order]).abs().max() < 1e-5
+
+
+def test_result_is_a_copy():
+    engine = engine_of(published())
+    first = engine(images(1))
+    kept = first.clone()
+    engine(images(1, seed=5))
+    assert torch.equal(first, kept)
+
+
+def test_empty_batch_gives_no_logits():
+    assert engine_of(published())(images(0)).shape == (0, 7)
+
+
+def test_half_precision_images_are_taken():
+    engine, x = engine_of(published()), images(1).half()
+    assert torch.equal(engine(x), engine(x.float()))
+
+
+def test_reload_reads_new_weights_into_the_same_buffers():
+    for recipe in ("ours-quant-moe", "ours-ksh-moe"):
+        first, second = converted("pvt_v2", recipe), randomised(converted("pvt_v2", recipe))
+        engine = engine_of(first)
+        places = [tensor.data_ptr() for tensor in engine.program.tensors()]
+        before = engine(images(2))
+        engine.reload(second)
+        assert [tensor.data_ptr() for tensor in engine.program.tensors()] == places
+        assert error(engine, second, images(2)) < FLOAT32
+        assert not torch.allclose(before, engine(images(2)))
+
+
+def test_reload_refuses_another_form_and_changes_nothing():
+    engine = engine_of(published())
+    before = engine(images(1))
+    with pytest.raises(UserError, match=r"cannot reload.*stages\.0\.blocks\.0"):
+        engine.reload(converted("pvt_v2", "ours-quant-add"))
+    assert torch.equal(before, engine(images(1)))
+
+
+def test_engine_keeps_its_weights_when_the_model_changes():
+    model = dense("vit")
+    engine = engine_of(model)
+    before = engine(images(1))
+    randomised(model)
+    assert torch.equal(before, engine(images(1)))
+
+
+def test_model_is_left_as_it_was():
+    model = converted("vit", "ours-quant-moe").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine_of(model)
+    assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_two_engines_do_not_disturb_each_other():
+    one, other = engine_of(published()), engine_of(dense("vit"))
+    a, b = one(images(1)), other(images(1))
+    assert torch.equal(a, one(images(1))) and torch.equal(b, other(images(1)))
+
+
+def test_describe_names_every_step_and_what_is_not_fused():
+    text = engine_of(published()).describe()
+    for part in ("stages.0.blocks.0.attn", "attention_encode + attention_mix", "mult|shift, add, mult|shift", "conv_linear", "MB"):
+        assert part in text
+    ksh = engine_of(converted("pvt_v2", "ours-ksh-moe")).describe()
+    line = next(line for line in ksh.splitlines() if line.startswith("stages.0.blocks.0.attn"))
+    assert "AngularAttention" in line and " no " in line
+
+
+def test_nothing_of_the_published_recipe_is_unfused_in_the_linear_stages():
+    unfused = [step.name for step in lower(published(), image_size=SIZE).steps if not step.about().fused]
+    assert unfused == ["head"]
+
+
+class Patched(VisionTransformer):
+    pass
+
+
+def compiled() -> nn.Module:
+    """What torch.compile makes, as far as the engine can tell."""
+    wrapper = nn.Module()
+    wrapper._orig_mod = dense("vit")
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    (
+        (lambda: timm.create_model("resnet10t"), "no lowering for ResNet"),
+        (lambda: Patched(**PLAIN), "no lowering for Patched"),
+        (lambda: VisionTransformer(**PLAIN, norm_layer="rmsnorm"), r"norm1.*RmsNorm.*LayerNorm"),
+        (lambda: VisionTransformer(**PLAIN, attn_layer="diff"), r"blocks\.0\.attn \(DiffAttention\)"),
+        (lambda: VisionTransformer(**PLAIN, global_pool="map"), "global_pool = 'map'"),
+        (lambda: VisionTransformer(**PLAIN, act_layer=nn.Tanh), r"blocks\.0\.mlp\.act \(activation Tanh\)"),
+        (lambda: dense("pvt_v2", global_pool=""), "global_pool = ''"),
+        (lambda: sav.reparameterize(dense("pvt_v2"), "ours-ksh-add"), "calibrate"),
+        (lambda: nn.DataParallel(dense("vit")), "no lowering for DataParallel"),
+        (compiled, "_orig_mod"),
+    ),
+)
+def test_what_cannot_be_lowered_is_refused_by_name(make, message: str):
+    with pytest.raises(UserError, match=message):
+        deploy(make(), image_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (dict(batch_size=0), "batch_size"),
+        (dict(batch_size=()), "batch_size"),
+        (dict(batch_size=2.0), "batch_size"),
+        (dict(dtype=torch.float64), "float64"),
+        (dict(device="mps"), "mps"),
+        (dict(device="nowhere"), "nowhere"),
+        (dict(backend="cuda"), "backend"),
+        (dict(backend="cpu"), "backend"),
+        (dict(image_size=-1), "image_size"),
+        (dict(image_size=65), "image_size=|image_size must"),
+        (dict(pdl=True), "pdl"),
+    ),
+)
+def test_wrong_arguments_are_named(arguments: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        deploy(dense("vit"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    (
+        (torch.zeros(3, SIZE, SIZE), "must be"),
+        (torch.zeros(1, 3, SIZE, 64), "32, 32"),
+        (torch.zeros(1, SIZE, SIZE, 3), "channels last"),
+        (torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), "uint8"),
+        (torch.zeros(1, 3, SIZE, SIZE, device="meta"), "meta"),
+        ([1.0], "list"),
+    ),
+)
+def test_wrong_images_are_named(x, message: str):
+    with pytest.raises(UserError, match=message):
+        engine_of(published())(x)
+
+
+@pytest.mark.parametrize("limit", (0, 1, 2, 37, 999))
+def test_largest_fitting_batch_is_found(limit: int):
+    found = largest_fitting(lambda size: size <= limit, 1000)
+    assert found <= limit and found + max(1, found // 8) >= limit
+
+
+def test_nan_reaches_the_logits_of_its_image_only():
+    x = images(3)
+    x[1, 0, 0, 0] = float("nan")
+    y = engine_of(converted("vit", "ours-quant-moe"))(x)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
