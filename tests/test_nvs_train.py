@@ -192,8 +192,10 @@ def test_running_out_of_memory_halves_the_chunk():
         Chunk(2).attempt(lambda rays: (_ for _ in ()).throw(RuntimeError("other")))
 
 
-def test_bf16_training_runs(scene, tmp_path):
-    result = train(tiny(), [scene], tmp_path, replace(SHORT, steps=3, precision="bf16"), show=False)
+@pytest.mark.parametrize("row", [None, "gnt-add-shift-moe"])
+def test_bf16_training_runs(scene, tmp_path, row):
+    model = tiny() if row is None else reparameterize_gnt(tiny(), row)
+    result = train(model, [scene], tmp_path, replace(SHORT, steps=3, precision="bf16"), show=False)
     assert result.steps == 3 and result.train_psnr > 0
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shiftaddvit.errors import UserError
 
 from .gnt.transformer import encode_position
-from .projector import sample_depths
+from .projector import jittered, sample_depths
 from .scene import Scene
 from .sources import RayColors, Rays, Sources
 
@@ -92,7 +92,7 @@ class NeRF(nn.Module):
         count, device = len(rays.origin), rays.origin.device
         if self.config.ndc:
             origin, direction = ndc_rays(rays.origin, rays.direction, self.frustum)
-            t = _uniform(count, self.config.samples, self.training, device)
+            t = jittered(torch.linspace(0, 1, self.config.samples, device=device), count, self.training)
         else:
             origin, direction = rays.origin, rays.direction
             t = sample_depths(count, self.config.samples, rays.near, rays.far, self.training, device)
@@ -137,15 +137,6 @@ def ndc_rays(
     start = torch.cat([frustum * slope, 1 + 2 / origin[:, 2:]], dim=-1)
     along = torch.cat([frustum * (heading - slope), -2 / origin[:, 2:]], dim=-1)
     return start, along
-
-
-def _uniform(rays: int, samples: int, jitter: bool, device: torch.device | str) -> Float[Tensor, "R S"]:
-    t = torch.linspace(0, 1, samples, device=device)
-    if not jitter:
-        return t.expand(rays, samples)
-    middle = 0.5 * (t[1:] + t[:-1])
-    low, high = torch.cat([t[:1], middle]), torch.cat([middle, t[-1:]])
-    return low + (high - low) * torch.rand(rays, samples, device=device)
 
 
 def draw(

@@ -28,11 +28,16 @@ def sample_depths(
     """Depths from near to far, uniform in inverse depth; `jitter` moves each at random in its own interval (training)."""
     steps = torch.linspace(0, 1, samples, device=device)
     depths = 1 / ((1 / near) * (1 - steps) + (1 / far) * steps)
+    return jittered(depths, rays, jitter)
+
+
+def jittered(values: Float[Tensor, "S"], rays: int, jitter: bool) -> Float[Tensor, "R S"]:
+    """Increasing values for every ray; with `jitter` each moves at random between the middles to its neighbours."""
     if not jitter:
-        return depths.expand(rays, samples)
-    middle = 0.5 * (depths[1:] + depths[:-1])
-    low, high = torch.cat([depths[:1], middle]), torch.cat([middle, depths[-1:]])
-    return low + (high - low) * torch.rand(rays, samples, device=device)
+        return values.expand(rays, -1)
+    middle = 0.5 * (values[1:] + values[:-1])
+    low, high = torch.cat([values[:1], middle]), torch.cat([middle, values[-1:]])
+    return low + (high - low) * torch.rand(rays, len(values), device=values.device)
 
 
 def look_up(points: Float[Tensor, "R S 3"], origin: Float[Tensor, "R 3"], sources: Sources) -> Seen:
