@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..tiles import complete, load_columns, row_statistics, store_tile, wait_for_inputs
+from ..tiles import complete, load_columns, normalised_rows, row_statistics, store_tile, wait_for_inputs
 
 
 @triton.jit
@@ -32,11 +32,30 @@ def _head_bias(bias, row, i, second, C3, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def _lead(a, router, cs, C):
+    """By how much the second expert's logit leads, over the channels cs."""
+    r = tl.load(router + C + cs, mask=cs < C, other=0.0).to(tl.float32) - tl.load(router + cs, mask=cs < C, other=0.0).to(tl.float32)
+    return tl.sum(a.to(tl.float32) * r[None, :], 1)
+
+
+@triton.jit
+def _product(
+    a, w, second, columns, C, C3, EXPERTS: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Whole rows times the given outputs of each row's expert."""
+    y = tl.dot(a, load_columns(w, columns, 0, C3, C, BK, T), input_precision=PRECISION)
+    if EXPERTS == 2:
+        other = tl.dot(a, load_columns(w + C3 * C, columns, 0, C3, C, BK, T), input_precision=PRECISION)
+        y = tl.where(second[:, None], other, y)
+    return y
+
+
+@triton.jit
 def encode_kernel(
     x, gamma, beta, w, bias, router, threshold, queries, v_out, context, v_sum, choice, N, C, C3, stride_x, eps, parts, heads,
     NORM: tl.constexpr, EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, RULE: tl.constexpr,
     CODES: tl.constexpr, V_SUM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One head of one picture's part: LayerNorm, q k v, codes of q, v, and Σ_j k_jᵀ v_j over the part's tokens.
 
@@ -56,54 +75,70 @@ def encode_kernel(
     total = tl.zeros((D, D), tl.float32)
     v_total = tl.zeros((D,), tl.float32)
     wait_for_inputs(PDL)
-    for t in tl.range(part * tiles, part * tiles + tiles, num_stages=1):
+    # Narrow rows are read once and the next tile is fetched meanwhile; wide ones are read again, chunk by chunk, from the cache.
+    for t in tl.range(part * tiles, part * tiles + tiles, num_stages=STAGES if WHOLE else 1):
         m = t * BM + tl.arange(0, BM)
         inside = m < N
         token = picture.to(tl.int64) * N + m
         rows = x + token[:, None] * stride_x
-        if NORM:
-            mean, scale = row_statistics(rows, inside, C, eps, BM, BK)
         second = m < 0
-        q = tl.zeros((BM, D), tl.float32)
-        k = tl.zeros((BM, D), tl.float32)
-        v = tl.zeros((BM, D), tl.float32)
-        if EXPERTS == 2:
-            lead = tl.zeros((BM,), tl.float32)
-            q2 = tl.zeros((BM, D), tl.float32)
-            k2 = tl.zeros((BM, D), tl.float32)
-            v2 = tl.zeros((BM, D), tl.float32)
-        for c in tl.range(0, C, BK, num_stages=STAGES):
-            cs = c + tl.arange(0, BK)
+        if WHOLE:
+            cs = tl.arange(0, BK)
             a = tl.load(rows + cs[None, :], mask=inside[:, None] & (cs[None, :] < C), other=0.0)
             if NORM:
-                a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
+                a = normalised_rows(a.to(tl.float32), inside[:, None] & (cs[None, :] < C), C, eps)
                 a = a * tl.load(gamma + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
                 a = a + tl.load(beta + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
             if EXPERTS == 2:
-                r = tl.load(router + C + cs, mask=cs < C, other=0.0).to(tl.float32)
-                r = r - tl.load(router + cs, mask=cs < C, other=0.0).to(tl.float32)
-                lead += tl.sum(a.to(tl.float32) * r[None, :], 1)
+                second = _lead(a, router, cs, C) > 0
             a = a.to(T)
-            q = tl.dot(a, load_columns(w, q_row + i, c, C3, C, BK, T), q, input_precision=PRECISION)
-            v = tl.dot(a, load_columns(w, v_row + i, c, C3, C, BK, T), v, input_precision=PRECISION)
+            q = _product(a, w, second, q_row + i, C, C3, EXPERTS, BK, T, PRECISION)
+            v = _product(a, w, second, v_row + i, C, C3, EXPERTS, BK, T, PRECISION)
             if not SHARED:
-                k = tl.dot(a, load_columns(w, k_row + i, c, C3, C, BK, T), k, input_precision=PRECISION)
+                k = _product(a, w, second, k_row + i, C, C3, EXPERTS, BK, T, PRECISION)
+        else:
+            if NORM:
+                mean, scale = row_statistics(rows, inside, C, eps, BM, BK)
+            q = tl.zeros((BM, D), tl.float32)
+            k = tl.zeros((BM, D), tl.float32)
+            v = tl.zeros((BM, D), tl.float32)
             if EXPERTS == 2:
-                w2 = w + C3 * C
-                q2 = tl.dot(a, load_columns(w2, q_row + i, c, C3, C, BK, T), q2, input_precision=PRECISION)
-                v2 = tl.dot(a, load_columns(w2, v_row + i, c, C3, C, BK, T), v2, input_precision=PRECISION)
+                lead = tl.zeros((BM,), tl.float32)
+                q2 = tl.zeros((BM, D), tl.float32)
+                k2 = tl.zeros((BM, D), tl.float32)
+                v2 = tl.zeros((BM, D), tl.float32)
+            for c in tl.range(0, C, BK, num_stages=STAGES):
+                cs = c + tl.arange(0, BK)
+                a = tl.load(rows + cs[None, :], mask=inside[:, None] & (cs[None, :] < C), other=0.0)
+                if NORM:
+                    a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
+                    a = a * tl.load(gamma + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
+                    a = a + tl.load(beta + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
+                if EXPERTS == 2:
+                    lead += _lead(a, router, cs, C)
+                a = a.to(T)
+                q = tl.dot(a, load_columns(w, q_row + i, c, C3, C, BK, T), q, input_precision=PRECISION)
+                v = tl.dot(a, load_columns(w, v_row + i, c, C3, C, BK, T), v, input_precision=PRECISION)
                 if not SHARED:
-                    k2 = tl.dot(a, load_columns(w2, k_row + i, c, C3, C, BK, T), k2, input_precision=PRECISION)
+                    k = tl.dot(a, load_columns(w, k_row + i, c, C3, C, BK, T), k, input_precision=PRECISION)
+                if EXPERTS == 2:
+                    w2 = w + C3 * C
+                    q2 = tl.dot(a, load_columns(w2, q_row + i, c, C3, C, BK, T), q2, input_precision=PRECISION)
+                    v2 = tl.dot(a, load_columns(w2, v_row + i, c, C3, C, BK, T), v2, input_precision=PRECISION)
+                    if not SHARED:
+                        k2 = tl.dot(a, load_columns(w2, k_row + i, c, C3, C, BK, T), k2, input_precision=PRECISION)
+            if EXPERTS == 2:
+                second = lead > 0
+                q = tl.where(second[:, None], q2, q)
+                v = tl.where(second[:, None], v2, v)
+                k = tl.where(second[:, None], k2, k)
         if EXPERTS == 2:
-            second = lead > 0
-            q = tl.where(second[:, None], q2, q)
-            v = tl.where(second[:, None], v2, v)
-            k = tl.where(second[:, None], k2, k)
             tl.store(choice + token, second.to(tl.int8), mask=m < tl.where(head == 0, N, 0))
         if HAS_BIAS:
             q = q + _head_bias(bias, q_row, i, second, C3, EXPERTS)
             v = v + _head_bias(bias, v_row, i, second, C3, EXPERTS)
-            k = k + _head_bias(bias, k_row, i, second, C3, EXPERTS)
+            if not SHARED:
+                k = k + _head_bias(bias, k_row, i, second, C3, EXPERTS)
         if SHARED:
             k = q
         v = tl.where(inside[:, None], v, 0.0).to(T)

@@ -18,7 +18,9 @@ def encode_tile(tokens: int, width: int, d: int, experts: int, device: torch.dev
     if found:
         return found
     rows = 64 if tokens > 32 else next_power(tokens)
-    return Tile(rows, 16, 64 if d <= 32 and experts == 1 and width >= 64 else 32, 8)
+    if width <= 64 and (d <= 32 or experts == 1):
+        return Tile(rows, 16, next_power(width), 4 if d <= 32 else 8, 2)
+    return Tile(rows, 16, 64 if d <= 32 and experts == 1 else 32, 8)
 
 
 def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
@@ -31,7 +33,7 @@ def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: 
     start = Tile(min(rows, next_power(tokens)), min(128, next_power(width)), 1)
     tile = fill(start, batch * tokens, width, device)
     warps = 4 if tile.n == 32 and d <= 32 else 8
-    return Tile(tile.m, tile.n, max(1, warps * 1024 // (d * d)), warps)
+    return Tile(tile.m, tile.n, max(1, warps * 1024 // (d * d * experts)), warps)
 
 
 def encode(
@@ -59,7 +61,7 @@ def encode(
         tokens, width, weight.shape[1], x.stride(1), eps, parts, heads,
         NORM=norm_weight is not None, EXPERTS=experts, HAS_BIAS=bias is not None, SHARED=weight.shape[1] == 2 * width, RULE=rule,
         CODES=codes, V_SUM=v_sum, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", PDL=pdl,
-        D=d, BM=tile.m, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **flags,
+        WHOLE=width <= tile.k, D=d, BM=tile.m, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **flags,
     )  # fmt: skip
     return queries, v, context, sums, choice
 

@@ -115,7 +115,7 @@ def matshift_int8_kernel(
         ks = k + tl.arange(0, BK)
         a = tl.load(rows + ks[None, :], mask=(m[:, None] < M) & (ks[None, :] < K), other=0)
         b = tl.load(columns + ks[:, None], mask=(ks[:, None] < K) & (n[None, :] < N), other=0)
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     if TOKEN_SCALE:
         row_scale = tl.load(x_scale + m, mask=m < M, other=0.0)
     else:
