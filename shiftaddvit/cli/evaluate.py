@@ -11,6 +11,7 @@ from shiftaddvit.errors import UserError
 from . import options
 from .energy import parse_size
 from .failures import refuse_existing, told_when_memory_ends
+from .processes import leave, this_process
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +39,11 @@ def evaluate(
     refuse_existing(json_path(as_json), overwrite)
     amp_dtype = autocast_type(precision)
 
-    from accelerate import PartialState
-
     from shiftaddvit.evaluation import compare
 
     from .image_choice import DataChoice
 
-    state = PartialState()
+    state = this_process()
     quiet = as_json == "-" or not state.is_main_process
     images = DataChoice(data, strict, data_root, download).open(split)
     found: dict[str, Evaluation] = {}
@@ -61,6 +60,7 @@ def evaluate(
             typer.echo(_paired_line(file, against, paired))
     if state.is_main_process:
         write_result(result, as_json)
+    leave(state)
 
 
 def summary(evaluation: "Evaluation") -> str:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from shiftaddvit import __version__
+from shiftaddvit.quickstart.command import quickstart
 
 from . import nvs
 from .convert import convert
@@ -42,16 +43,6 @@ def _options(
     """Options before any command."""
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def quickstart(context: typer.Context) -> None:
-    """The whole path on embedded images in a few minutes on two cores: convert, train, compare. No download, no GPU."""
-    from shiftaddvit.quickstart.command import quickstart as command
-
-    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    inner.command()(command)
-    typer.main.get_command(inner).main(context.args, prog_name="shiftaddvit quickstart")
-
-
-for command in (convert, finetune, pretrain, evaluate, sensitivity, energy, recipes, models):
+for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, recipes, models):
     app.command()(command)
 app.add_typer(nvs.app, name="nvs")

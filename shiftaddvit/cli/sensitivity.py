@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
+from shiftaddvit.errors import UserError
+
 from . import options
 from .energy import parse_size
 from .evaluate import autocast_type, json_path, write_result
 from .failures import refuse_existing, told_when_memory_ends
+from .processes import this_process
 
 
 def sensitivity(
@@ -40,7 +43,6 @@ def sensitivity(
     size = parse_size(image_size)
     size = (size, size) if isinstance(size, int) else size
 
-    from accelerate import PartialState
     from rich.console import Console
 
     from shiftaddvit.data.sources import check_classes
@@ -59,7 +61,10 @@ def sensitivity(
     network = open_model(choice, lambda text: typer.echo(text, err=True))
     check_classes(drawn, network.num_classes)
     form = image_form(network, size, crop_pct, choice.stored())
-    device = PartialState().device
+    state = this_process()
+    if state.num_processes > 1:
+        raise UserError("sensitivity runs in one process: start it without torchrun")
+    device = state.device
     # The model is evaluated once for each row: the images are decoded only once.
     batches = list(evaluation_loader(drawn, form, batch_size, workers, "cpu"))
     teaching = some_images(source.open("train"), form, 8, seed).to(device) if "hash" in chosen else None

@@ -14,6 +14,7 @@ from .evaluate import summary
 from .failures import interrupt_only_here, told_when_disk_is_full, told_when_memory_ends
 from .image_choice import DataChoice, augmentation, check_apart, image_form, training_loaders
 from .model_choice import ModelChoice, Say, open_model, settings_to_store
+from .processes import leave, this_process
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,8 +59,6 @@ class Job:
 
 def train(job: Job, config: "FinetuneConfig") -> None:
     """Run the job, say how it ended and what to do next."""
-    from accelerate import PartialState
-
     from shiftaddvit.train.run_folder import RUN
 
     if job.resume and job.overwrite:
@@ -71,7 +70,7 @@ def train(job: Job, config: "FinetuneConfig") -> None:
         raise UserError(f"{job.output} already holds a run: resume it (--resume), replace it (--overwrite) or choose another folder")
     check_recipe(job.recipe)
     augment = augmentation(job.augment)
-    state = PartialState()
+    state = this_process()
     say: Say = typer.echo if state.is_main_process else _silent
     train_data, val_data = _open(job)
     model = open_model(_with_classes(job.choice, train_data), say, job.verbose)
@@ -90,8 +89,7 @@ def train(job: Job, config: "FinetuneConfig") -> None:
     result = _run(job, model, (loaders[0], loaders[1] if val_data is not None else None), config, teacher)
     if state.is_main_process:
         _finish(job, model, result, settings_to_store(form.size, form.crop_pct, train_data.classes))
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    leave(state)
 
 
 def _run(job: Job, model: "nn.Module", loaders: tuple[Any, Any], config: "FinetuneConfig", teacher: "nn.Module | None") -> "FinetuneResult":
