@@ -12,9 +12,11 @@ import typer
 from shiftaddvit.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from shiftaddvit.cost import Energy, Settings
+
+    from .image_choice import ImageForm
 
 
 class Mode(str, Enum):
@@ -91,7 +93,7 @@ def energy(
     _named(model, recipe, settings, shift_share, size, batch, compare, baseline, sweep, values, layers, figure, as_json)
 
 
-def _named(model: str, recipe: str, settings: "Settings", shift_share: float | None, size: int | tuple[int, int] | None, batch: int,
+def _named(model: str, recipe: str, settings: "Settings", shift_share: float | None, size: tuple[int, int] | None, batch: int,
            compare: str | None, baseline: str, over: Over | None, values: str | None, layers: bool, figure: Path | None,
            as_json: str | None) -> None:  # fmt: skip
     from shiftaddvit.cost import compare as compare_recipes
@@ -132,7 +134,7 @@ def _present(view: object, value: dict[str, Any], drawn: list[Path], as_json: st
         json.dump(value, sys.stdout, indent=1, allow_nan=False)
         sys.stdout.write("\n")
         return
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 240)
     console.print(view)
     if as_json is not None:
         write_json(as_json, value)
@@ -151,36 +153,40 @@ def _show_units(as_json: str | None) -> None:
 
 
 def _saved(path: Path, folder: Path | None, limit: int, settings: "Settings", shift_share: float | None,
-           size: int | tuple[int, int] | None, batch: int) -> "Energy":  # fmt: skip
+           size: tuple[int, int] | None, batch: int) -> "Energy":  # fmt: skip
     from shiftaddvit.cost.estimate import model_energy
     from shiftaddvit.serialization import load
 
+    from .image_choice import image_form
+    from .model_choice import stored_settings
+
     network = load(path)
-    images = _images(network, folder, limit) if folder is not None else None
-    return model_energy(network, images, settings, shift_share, size, batch)
+    form = image_form(network, size, None, stored_settings(path))
+    images = _images(form, folder, limit) if folder is not None else None
+    return model_energy(network, images, settings, shift_share, form.size, batch)
 
 
-def _images(network: "nn.Module", folder: Path, limit: int) -> "list[Tensor]":
+def _images(form: "ImageForm", folder: Path, limit: int) -> "list[Tensor]":
     """The first images of a folder, each a batch of its own, as the network wants them."""
     from PIL import Image
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data import create_transform
 
     if not folder.is_dir():
         raise UserError(f"--images {str(folder)!r} is not a folder")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:limit]
     if not paths:
         raise UserError(f"--images {str(folder)!r} has no .jpg, .png or .webp files")
-    transform = create_transform(**resolve_model_data_config(network))
+    transform = create_transform((3, *form.size), mean=form.mean, std=form.std, crop_pct=form.crop_pct)
     return [transform(Image.open(path).convert("RGB")).unsqueeze(0) for path in paths]
 
 
-def parse_size(text: str | None) -> int | tuple[int, int] | None:
+def parse_size(text: str | None) -> tuple[int, int] | None:
     """`224` or `378x504`."""
     if text is None:
         return None
     if not (match := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)):
         raise UserError(f"--image-size must be a number of pixels or HEIGHTxWIDTH, got {text!r}")
-    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _values(text: str | None) -> list[float] | None:

@@ -66,6 +66,7 @@ def token_table(energy: Energy) -> Table:
 def layer_table(energy: Energy) -> Table:
     """Every operation, with its tiling."""
     table = Table("layer", "kind", "shape", *LEVELS, "µJ", "tiling", title="by operation, µJ")
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for layer in energy.per_layer:
         levels = layer.by_level()
         tiling = " ".join(f"{name}={size}" for name, size in layer.tiling.items() if size != 1)
