@@ -1,6 +1,5 @@
 """Camera paths: the held-out views, a spiral, between the captured views, or the user's own from JSON."""
 
-import json
 import math
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from shiftaddvit.errors import UserError
 
 from .cameras import average_pose, check_pose, flip_yz, look_at
 from .scene import Camera, Scene, to_world
+from .transforms_json import read_frames
 
 
 def held_out(scene: Scene) -> list[Camera]:
@@ -91,15 +91,7 @@ def read_path(path: str | os.PathLike, scene: Scene) -> list[Camera]:
     The size is that of the scene's pictures unless a frame says `w` and `h`. UserError names the frame that is wrong.
     """
     path = Path(path)
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    frames = data.get("frames") if isinstance(data, dict) else None
-    if not isinstance(frames, list) or not frames:
-        raise UserError(f"{path}: 'frames' must be a list with one entry a picture")
+    data, frames = read_frames(path)
     convention = data.get("convention", "opengl")
     if convention not in ("opengl", "opencv"):
         raise UserError(f"{path}: 'convention' is {convention!r}; allowed: 'opengl' (right, up, back), 'opencv' (right, down, forward)")

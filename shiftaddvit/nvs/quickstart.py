@@ -59,8 +59,8 @@ def _folder() -> Path:
 def quickstart(
     output: Path,
     row: str = "gnt-add-shift-moe",
-    train_minutes: float = 1.5,
-    tune_minutes: float = 0.5,
+    train_minutes: float = 1.4,
+    tune_minutes: float = 0.4,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
 ) -> QuickstartResult:

@@ -32,10 +32,7 @@ def read_transforms(
     `train_filenames` and `test_filenames`, if there, are the split.
     """
     path = Path(folder) / file
-    data = _read_json(path)
-    frames = data.get("frames")
-    if not isinstance(frames, list) or not frames:
-        raise UserError(f"{path}: 'frames' must be a list with one entry a picture")
+    data, frames = read_frames(path)
     for number, frame in enumerate(frames):
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
             raise UserError(f"{path}: frames[{number}] has no 'file_path'")
@@ -70,6 +67,20 @@ def read_transforms(
         world=torch.eye(4, dtype=torch.float64),
         dropped=tuple(each.name for each in beside if each.resolve() not in known),
     )
+
+
+def read_frames(path: Path) -> tuple[dict, list]:
+    """A JSON object and its list `frames`; UserError where it is not JSON or has none."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    frames = data.get("frames") if isinstance(data, dict) else None
+    if not isinstance(frames, list) or not frames:
+        raise UserError(f"{path}: 'frames' must be a list with one entry a picture")
+    return data, frames
 
 
 def write_transforms(folder: str | os.PathLike, scene: Scene, pictures: str = "images") -> None:
@@ -107,18 +118,6 @@ def write_transforms(folder: str | os.PathLike, scene: Scene, pictures: str = "i
 
 def _prefixed(folder: str, name: str) -> str:
     return name if name.startswith(f"{folder}/") else f"{folder}/{name}"
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold a JSON object with 'frames'")
-    return data
 
 
 def _picture(path: Path, name: str) -> Path:
