@@ -17,6 +17,7 @@ _HOMES = {
     "calibrate": "reparam",
     "compare": "evaluation",
     "create_model": "reparam.architecture",
+    "deploy": "engine",
     "energy": "cost",
     "evaluate": "evaluation",
     "finetune": "train",

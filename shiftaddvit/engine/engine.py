@@ -76,6 +76,13 @@ class Engine:
             self.program.fill_from(program)
             self._mark()
 
+    def replayer(self, batch: int) -> Callable[[], None]:
+        """For timing alone: what replays the graph of a batch size on the images that its buffer holds, without lock or copies.
+        UserError for a batch size without a graph."""
+        if batch not in self._captured:
+            raise UserError(f"batch {batch} is no CUDA graph of this engine: allowed: {self.captured_sizes}")
+        return self._captured[batch].graph.replay
+
     def describe(self) -> str:
         """The steps, memory and conditions, as a table."""
         from .describe import describe
