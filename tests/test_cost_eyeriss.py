@@ -52,6 +52,21 @@ def test_alexnet_energies_are_those_of_the_eyeriss_paper(layer):
     assert found["rf"] == pytest.approx(rf, rel=0.06)
 
 
+def test_the_worked_example_of_the_documentation():
+    found = map_nest(Nest("proj", "linear", "shift", 1, 196, 160, 160, weight_bits=5), UNITS, BITS)
+    assert {key: found.tiling[key] for key in ("M0", "M1", "M2", "C0", "C1", "N0")} == {"M0": 8, "M1": 10, "M2": 2, "C0": 8, "C1": 20, "N0": 136}
+    words = 31_360
+    by_hand = {
+        ("dram", "input"): 168 * words, ("dram", "weight"): 168 * 2 * 8000, ("dram", "output"): 168 * words,
+        ("buffer", "input"): 5.04 * 2 * words, ("buffer", "output"): 5.04 * 2 * words,
+        ("noc", "input"): 1.68 * 20 * words, ("noc", "weight"): 1.68 * 2 * 8000, ("noc", "output"): 1.68 * 2 * 19 * words,
+        ("rf", "input"): 0.84 * 5_017_600, ("rf", "weight"): 0.84 * 1_568_000, ("rf", "output"): 0.84 * 2 * 280 * words,
+        ("compute", "arithmetic"): 5_017_600 * (UNITS.step("shift", 16) + 0.1),
+    }  # fmt: skip
+    assert found.cells == pytest.approx(by_hand)
+    assert sum(found.cells.values()) == pytest.approx(38_005_452, abs=1)
+
+
 @SMALL
 @given(n=st.integers(1, 40), c=st.integers(1, 14), m=st.integers(1, 14), e=st.integers(1, 6), k=st.sampled_from([1, 3]))
 def test_no_tiling_beats_the_mapper(n, c, m, e, k):
