@@ -1,7 +1,8 @@
 """Tile sizes of kernels: measured ones where the device has been tuned, otherwise a choice that fills the device."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -74,12 +75,31 @@ def tuned(device: torch.device, problem: str) -> Tile | None:
     return Tile(**entry) if entry else None
 
 
+@contextmanager
+def trial(device: torch.device, problem: str, tile: Tile) -> Iterator[None]:
+    """Use this tile for this problem inside the block."""
+    table = _table(torch.cuda.get_device_name(device))
+    before = table.get(problem)
+    table[problem] = asdict(tile)
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[problem]
+        else:
+            table[problem] = before
+
+
+def as_table(tiles: Iterable[tuple[str, Tile]]) -> dict[str, dict[str, int]]:
+    """What a file of tuned tiles holds."""
+    return {problem: asdict(tile) for problem, tile in tiles}
+
+
 def save_tuned(device: torch.device, tiles: Iterable[tuple[str, Tile]]) -> Path:
     """Add measured tiles to this device's table in the user's cache; returns the file."""
     name = torch.cuda.get_device_name(device)
     path = cache_folder() / f"{_slug(name)}.json"
-    table = _read(path) | {problem: asdict(tile) for problem, tile in tiles}
-    write_json(path, table)
+    write_json(path, _read(path) | as_table(tiles))
     _table.cache_clear()
     return path
 

@@ -12,9 +12,9 @@ from .kernels import encode_kernel, mix_kernel
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def encode_tile(tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
+def encode_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
     """Tokens of a tile and channels of a step; `n` is not used."""
-    found = tuned(device, key(f"encode{experts}", tokens, width, d))
+    found = tuned(device, key(f"encode{experts}", batch, tokens, width, d))
     if found:
         return found
     rows = 64 if tokens > 32 else next_power(tokens)
@@ -32,8 +32,8 @@ def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: 
     rows = 64 if d <= 32 else 32
     start = Tile(min(rows, next_power(tokens)), min(128, next_power(width)), 1)
     tile = fill(start, batch * tokens, width, device)
-    warps = 4 if tile.n == 32 and d <= 32 else 8
-    return Tile(tile.m, tile.n, max(1, warps * 1024 // (d * d * experts)), warps)
+    warps = 4 if tile.n == 32 and tile.m > 16 and d <= 32 else 8
+    return Tile(tile.m, tile.n, max(1, min(16, 4096 // (d * d))), warps)
 
 
 def encode(
@@ -54,7 +54,7 @@ def encode(
     choice = torch.empty(batch * tokens if experts == 2 else 0, dtype=torch.int8, device=device)
     if v.numel() == 0:
         return queries, v, context.zero_(), sums.zero_(), choice
-    tile = encode_tile(tokens, width, d, experts, device)
+    tile = encode_tile(batch, tokens, width, d, experts, device)
     flags = {"launch_pdl": True} if pdl else {}
     encode_kernel[(batch * parts * heads,)](
         x, norm_weight, norm_bias, weight, bias, router, threshold, queries, v, context, sums, choice,
