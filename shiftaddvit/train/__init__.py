@@ -3,6 +3,6 @@
 from .config import FinetuneConfig, StageConfig, pretraining
 from .finetune import FinetuneResult, finetune
 from .guard import NotFinite
-from .stage import Interrupted
+from .interrupt import Interrupted
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "Interrupted", "NotFinite", "StageConfig", "finetune", "pretraining"]

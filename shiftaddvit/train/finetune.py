@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation import Evaluation, evaluate
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
+from shiftaddvit.layers.packed import is_packed
 from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
-from shiftaddvit.reparam.stages import converts_attention, converts_linears, to_attention_stage, to_linear_stage
+from shiftaddvit.reparam.stages import attention_only, converts_attention, converts_linears, to_attention_stage, to_linear_stage
 from shiftaddvit.serialization import save
 
 from .config import FinetuneConfig, StageConfig
@@ -62,10 +65,14 @@ def finetune(
         teacher: the dense model, for `config.distill_weight`.
 
     Raises:
-        UserError: a folder that holds another run, a full disk.
+        UserError: a folder that holds another run, a full disk, a packed model.
         NotFinite: the loss is no number; names the step and layer, and the last good checkpoint is kept.
         Interrupted: Ctrl-C, after a checkpoint.
     """
+    if is_packed(model):
+        raise UserError("the model is packed and no longer trains: give the one it was packed from")
+    # accelerate remembers the precision of the first run in this process, and refuses another.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=config.precision)
     stages = plan_stages(model, config)
     if config.distill_weight and teacher is None:
@@ -75,11 +82,25 @@ def finetune(
     if folder is not None:
         recipe = getattr(model, "shiftaddvit_recipe", None)
         described = {"config": asdict(config), "recipe": recipe.to_dict() if recipe is not None else None, "model": type(model).__name__}
-        resuming = folder.open(described, resume, overwrite)
-        accelerator.wait_for_everyone()
+        resuming = _open(folder, described, resume, overwrite, accelerator)
     session = _Session(model, val_loader, config, stages, accelerator, folder, teacher, show)
     session.run(train_loader, folder.load_checkpoint() if resuming else None)
     return FinetuneResult(session.last, session.history, stages)
+
+
+def _open(folder: RunFolder, description: dict, resume: bool, overwrite: bool, accelerator: Accelerator) -> bool:
+    """Only the main process looks, so that none takes what it writes for another run; all learn what it found."""
+    found: list[Any] = [False, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = folder.open(description, resume, overwrite)
+        except UserError as error:
+            found[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0]
 
 
 def plan_stages(model: nn.Module, config: FinetuneConfig) -> tuple[StageConfig, ...]:
@@ -208,6 +229,9 @@ class _Session:
 
     def _finish(self) -> None:
         self.model.eval()
+        if self.stages[-1].primitives == "attention" and converts_linears(self.model):
+            # No stage converted the linears: what was trained is the attention part of the recipe.
+            self.model.shiftaddvit_recipe = attention_only(self.model.shiftaddvit_recipe)
         if self.last is None and self.val_loader is not None:
             self.last = evaluate(self.model, self.val_loader, device=self.accelerator.device, amp_dtype=self._amp_dtype(), progress=False)
         if self.folder is None or not self.accelerator.is_main_process:

@@ -13,9 +13,9 @@ class NotFinite(UserError):
 @torch.no_grad()
 def first_broken_layer(model: nn.Module, images: Tensor) -> str:
     """The first parameter that is not finite, else the first module whose output is not, in the order of a forward over `images`."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"parameter {name}"
+    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        return f"parameter {broken[0]}" + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else "")
     found: list[str] = []
     handles = [
         module.register_forward_hook(_watcher(found, name or "the model"))

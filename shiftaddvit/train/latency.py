@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -28,7 +29,7 @@ def measure_expert_latency(model: nn.Module, images: Tensor, cache: Path | None 
         key = f"{device} | {_shape(mixture)} | tokens {tokens} | {example.dtype}"
         if key not in known:
             known[key] = [_seconds(_inference_form(expert), example) for expert in mixture.experts]
-            write_json(cache, known)
+            _keep(cache, known)
         latencies[name] = known[key]
     return latencies
 
@@ -54,9 +55,17 @@ def default_cache() -> Path:
 
 def _read(cache: Path) -> dict[str, list[float]]:
     try:
-        return json.loads(cache.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):
         return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _keep(cache: Path, known: dict[str, list[float]]) -> None:
+    try:
+        write_json(cache, known)
+    except OSError as error:
+        warnings.warn(f"measured latencies are not kept: {cache}: {error}; XDG_CACHE_HOME chooses another folder", stacklevel=3)
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ class RunFolder:
         known = self.path / RUN
         if known.exists() and not (resume or overwrite):
             raise UserError(f"{self.path} already holds a run: resume it (--resume), replace it (--overwrite) or choose another folder")
+        if self.writes:
+            self._tidy()
         if resume and known.exists():
             before = json.loads(known.read_text())["description"]
             changed = sorted(key for key in before.keys() | description.keys() if before.get(key) != _plain(description.get(key)))
@@ -44,6 +46,16 @@ class RunFolder:
             with told_when_full(self.path):
                 write_json(known, {"description": _plain(description)})
         return False
+
+    def _tidy(self) -> None:
+        """Remove what a kill in the middle of writing left: temporary files, and half a line of the log."""
+        for name in (RUN, CHECKPOINT, RESULT, MODEL):
+            for litter in self.path.glob(f".{name}.*.tmp"):
+                litter.unlink(missing_ok=True)
+        log = self.path / LOG
+        if log.exists() and not log.read_bytes().endswith(b"\n"):
+            with told_when_full(self.path), open(log, "a") as file:
+                file.write("\n")
 
     def log(self, event: dict[str, Any]) -> None:
         """Append one line; a line that a kill cut short is skipped by readers."""

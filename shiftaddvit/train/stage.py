@@ -1,8 +1,7 @@
 """Training one stage: the loop itself. Every step's randomness depends on (seed, stage, epoch, step, rank) alone, so that a run which
 continues from a checkpoint equals one that was never stopped."""
 
-import signal
-import threading
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,10 @@ from shiftaddvit.losses import balance_loss, classification_loss, distillation_l
 
 from .config import FinetuneConfig, StageConfig
 from .guard import NotFinite, first_broken_layer
+from .interrupt import Interrupted, deferred_interrupt
 from .latency import expert_costs
 from .optim import make_optimizer
 from .progress import TrainingProgress
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the step was finished and a checkpoint written."""
 
 
 @dataclass
@@ -93,7 +89,7 @@ def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Mod
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             ema.module.load_state_dict(state["ema"])
-    with record_routing(run.model) as routing:
+    with record_routing(run.model) as routing, _own_forward(run.model):
         model, optimizer = accelerator.prepare(run.model, optimizer)
         if state and state.get("scaler") and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -116,14 +112,14 @@ class _Loop:
         self.costs = expert_costs(run.model)
         self.losses: list[Tensor] = []
         self.first_loss_step = 0
+        self.mean_loss = math.nan
+        self.check_every = 1 if run.accelerator.device.type == "cpu" else run.config.log_every
         self.images = 0
         self.since = time.monotonic()
         self.saved = time.monotonic()
 
     def run(self, position: Position, progress: TrainingProgress, asked: Callable[[], bool]) -> None:
-        run = self.run_
-        # On a CPU reading the loss costs nothing, so a bad one is caught at its own step.
-        check_every = 1 if run.accelerator.device.type == "cpu" else run.config.log_every
+        run, self.position = self.run_, position
         while position.epoch < run.stage.epochs:
             _seek(run.train_loader, position)
             self.model.train()
@@ -134,18 +130,37 @@ class _Loop:
                 position.step += 1
                 progress.step()
                 last = position.step == self.steps
-                if len(self.losses) >= check_every or last:
-                    self.check(images, position, progress, position.step % run.config.log_every == 0 or last)
-                if asked() or (not last and self.checkpoint_due()):
-                    self.check(images, position, progress, True)
+                looked = len(self.losses) >= self.check_every or last
+                if looked:
+                    self.check(images)
+                    self.report(position, progress, position.step % run.config.log_every == 0 or last)
+                stop, due = self.wanted(asked, looked)
+                if stop or (due and not last):
+                    self.check(images)
+                    self.report(position, progress, True)
                     self.save(position)
-                    if asked():
+                    if stop:
                         raise Interrupted
             position.epoch, position.step = position.epoch + 1, 0
             progress.epoch(run.evaluate(self.ema.module if self.ema is not None else run.model, position))
-            if position.epoch == run.stage.epochs or self.checkpoint_due():
+            stop, due = self.wanted(asked, True)
+            if stop or due or position.epoch == run.stage.epochs:
                 self.save(position)
+            if stop:
+                raise Interrupted
             self.since, self.images = time.monotonic(), 0
+
+    def wanted(self, asked: Callable[[], bool], together: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether a checkpoint is due. Several processes must agree, so they ask each other where they are
+        `together`, which on a GPU is every `log_every` steps."""
+        accelerator = self.run_.accelerator
+        if accelerator.num_processes == 1:
+            return asked(), self.checkpoint_due()
+        if not together:
+            return False, False
+        flags = torch.tensor([asked(), self.checkpoint_due()], dtype=torch.float32, device=accelerator.device)
+        stop, due = (accelerator.reduce(flags, reduction="sum") > 0).tolist()
+        return stop, due
 
     def train_step(self, images: Tensor, targets: Tensor, position: Position) -> None:
         run, config = self.run_, self.run_.config
@@ -167,17 +182,30 @@ class _Loop:
             loss = (1 - config.distill_weight) * loss + config.distill_weight * distilled
         if self.routing and config.balance_weight:
             loss = loss + config.balance_weight * balance_loss(self.routing, self.costs)
+        if not self.losses:
+            self.first_loss_step = position.step
+        self.losses.append(loss.detach())
+        if device.type == "cpu":
+            # Reading the loss costs nothing here, so a bad one stops the run before it reaches the weights.
+            self.check(images)
         run.accelerator.backward(loss)
         if config.clip_grad is not None:
-            run.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            norm = run.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            self.skip_if_broken(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(run.model, step=update)
-        self.losses.append(loss.detach())
         self.images += len(images) * run.accelerator.num_processes
 
-    def check(self, images: Tensor, position: Position, progress: TrainingProgress, write: bool) -> None:
+    def skip_if_broken(self, norm: Tensor) -> None:
+        """Let a fused optimiser leave the weights alone where a gradient is not finite, without waiting for the device, so that the layer
+        can still be found at the next check. A gradient scaler does so by itself."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.run_.accelerator.scaler is None and inner.param_groups[0].get("fused"):
+            inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).float()
+
+    def check(self, images: Tensor) -> None:
         """Look at the losses since the last check; stop at the first that is not finite."""
         run = self.run_
         if not self.losses:
@@ -187,17 +215,19 @@ class _Loop:
             window = run.accelerator.reduce(window, reduction="mean")
         values = window.tolist()
         self.losses.clear()
-        for back, value in zip(range(len(values), 0, -1), values, strict=True):
-            if not torch.isfinite(torch.tensor(value)):
+        for step, value in enumerate(values, start=self.first_loss_step):
+            if not math.isfinite(value):
                 where = first_broken_layer(run.model, images.to(run.accelerator.device))
                 raise NotFinite(
-                    f"the loss is {value} at step {position.step - back} of epoch {position.epoch}, stage {position.stage + 1}: "
+                    f"the loss is {value} at step {step} of epoch {self.position.epoch}, stage {self.position.stage + 1}: "
                     f"first at {where}; the last good checkpoint is kept"
                 )
-        mean = sum(values) / len(values)
-        progress.note(f"loss {mean:.3f}")
+        self.mean_loss = sum(values) / len(values)
+
+    def report(self, position: Position, progress: TrainingProgress, write: bool) -> None:
+        progress.note(f"loss {self.mean_loss:.3f}")
         if write:
-            self.log(position, event="step", loss=mean)
+            self.log(position, event="step", loss=self.mean_loss)
 
     def log(self, position: Position, **event: Any) -> None:
         seconds = time.monotonic() - self.since
@@ -242,20 +272,13 @@ def _seek(loader: Any, position: Position) -> None:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only sets a flag (a second one stops at once)."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def handler(number: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, handler)
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's forward is its own again: mixed precision wraps it, for good if nobody takes that back."""
+    before = vars(model).get("forward")
     try:
-        yield asked.is_set
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        if before is not None:
+            model.forward = before
