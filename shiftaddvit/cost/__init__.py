@@ -1,10 +1,11 @@
 """Energy on an analytical model of the Eyeriss accelerator: mode `eyeriss`, ours, and mode `paper`, as published."""
 
-from .estimate import Settings, cost_operations, energy, expert_energies
+from .estimate import cost_operations, energy, expert_energies
 from .eyeriss import BitWidths
 from .operations import Nest, Stream
 from .paper import NoMapping
 from .result import Energy, LayerEnergy
+from .settings import Settings
 from .units import Units, load_units
 from .whatif import Comparison, Sweep, compare, sweep
 

@@ -1,11 +1,11 @@
 """`energy`: from a model to picojoules."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
@@ -17,59 +17,14 @@ from .eyeriss import BitWidths
 from .operations import Nest, Operation, Stream, Trace, Uncosted
 from .published import AttentionSites, published_operations
 from .result import Energy, LayerEnergy
+from .settings import Coverage, Mode, Settings
 from .subjects import Subject, check_sizes, model_subject, named_subject
 from .units import Units, load_units
-
-Mode = Literal["paper", "eyeriss"]
-Coverage = Literal["released", "full"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How operations are costed."""
-
-    mode: Mode = "eyeriss"
-    """`eyeriss`: least energy, everything counted · `paper`: the published model with its quirks."""
-    coverage: Coverage = "full"
-    """`released`: what hooks on leaf modules see, as the released scripts have it · `full`: functions between layers too."""
-    add_index_bug: bool = True
-    """Mode `paper`: every Add costs what the first Add of the model costs."""
-    stage4_matmuls: bool | None = None
-    """Count both products of the softmax attention in a pyramid's last stage; None follows the coverage."""
-    word_bits: int = 32
-    """Mode `paper`: width of every operand but those of shifts, 32 or 8."""
-    bits: BitWidths = field(default_factory=BitWidths)
-    """Mode `eyeriss`: widths of the operands."""
-    units: Units = field(default_factory=lambda: load_units("45nm"))
-    """Mode `eyeriss`: the accelerator."""
-    exclude: tuple[str, ...] = ()
-    """Globs on module names; what they match, and what lies inside, is left out and listed."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("paper", "eyeriss"):
-            raise UserError(f"mode must be 'paper' or 'eyeriss', got {self.mode!r}")
-        if self.coverage not in ("released", "full"):
-            raise UserError(f"coverage must be 'released' or 'full', got {self.coverage!r}")
-        if self.word_bits not in paper.COMPUTE:
-            raise UserError(f"word bits of mode 'paper' must be 32 or 8, got {self.word_bits}")
-
-    def describe(self) -> dict[str, Any]:
-        """Plain JSON values, of the mode's own settings only."""
-        common = {"mode": self.mode, "coverage": self.coverage, "stage4_matmuls": self._stage4(), "exclude": list(self.exclude)}
-        if self.mode == "paper":
-            return common | {
-                "word_bits": self.word_bits, "shift_word_bits": paper.SHIFT_WORD_BITS, "add_index_bug": self.add_index_bug,
-                "free_add_memory": True, "joint_select": True, "tiles": "exact divisors",
-            }  # fmt: skip
-        return common | {"bits": asdict(self.bits), "units": self.units.name, "units_source": self.units.source, "tiles": "padded"}
-
-    def _stage4(self) -> bool:
-        return self.coverage == "full" if self.stage4_matmuls is None else self.stage4_matmuls
 
 
 def energy(
     model: nn.Module | str,
-    images: Tensor | Iterable[Tensor | Sequence[Tensor]] | None = None,
+    images: Float[Tensor, "B C H W"] | Iterable[Tensor | Sequence[Tensor]] | None = None,
     *,
     recipe: Recipe | str = "dense",
     mode: Mode = "eyeriss",
@@ -108,7 +63,7 @@ def energy(
 
 def model_energy(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor | Sequence[Tensor]] | None = None,
+    images: Float[Tensor, "B C H W"] | Iterable[Tensor | Sequence[Tensor]] | None = None,
     settings: Settings = Settings(),
     shift_share: float | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -120,7 +75,8 @@ def model_energy(
         size = (int(images.shape[-2]), int(images.shape[-1]))
     applied = getattr(getattr(model, "shiftaddvit_recipe", None), "name", "") or "as it is"
     subject = model_subject(model, f"{type(model).__name__}, {applied}", size, batch)
-    return cost(subject, _shares(subject, shift_share) if images is None else measured(model, images), settings)
+    route = images is not None and subject.trace.mixtures
+    return cost(subject, measured(model, images) if route else _shares(subject, shift_share), settings)
 
 
 def named_energy(
@@ -148,6 +104,9 @@ def cost(subject: Subject, shares: Shares, settings: Settings) -> Energy:
         "shift_share": _mean_shift_share(subject.trace, shares), "shift_share_source": shares.source if mixtures else "no mixtures",
         "batch": subject.images, "image_size": list(subject.image_size) if subject.image_size else None,
     }  # fmt: skip
+    codes = sorted({o.weight_bits for o in operations if isinstance(o, Nest) and o.weight_bits})
+    if settings.mode == "eyeriss" and codes and settings.bits.shift_weight is None:
+        described["bits"]["shift_weight"] = codes[0] if len(codes) == 1 else codes
     found = Energy(
         subject.name, tuple(layers), (*uncosted, *subject.trace.uncosted), described,
         tuple(shares.tokens(mixture, subject.images) for mixture in mixtures), subject.trace.scale,
@@ -165,7 +124,7 @@ def cost_operations(operations: Sequence[Operation], settings: Settings = Settin
 
 
 def expert_energies(
-    model: nn.Module, images: Tensor | tuple[int, ...], *, units: Units | str = "45nm", bits: BitWidths = BitWidths()
+    model: nn.Module, images: Float[Tensor, "B C H W"] | tuple[int, ...], *, units: Units | str = "45nm", bits: BitWidths = BitWidths()
 ) -> dict[str, list[float]]:
     """pJ that one token costs on each expert of each mixture, by module name: the cost in the balance loss (`cost="energy"`), in
     place of the measured latency. `images`, or their shape (B, 3, H, W), give the sizes. Mode `eyeriss`."""

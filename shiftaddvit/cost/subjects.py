@@ -3,7 +3,6 @@
 import weakref
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import import_module
 
 import timm
 import torch
@@ -134,14 +133,19 @@ def _view_synthesis(name: str, recipe: str, image_size: tuple[int, int] | None, 
     if name == "nerf":
         if recipe != "dense":
             raise UserError(f"nerf has no recipes: recipe must be 'dense', got {recipe!r}")
+        from shiftaddvit.nvs.nerf import NeRFMLP
+
         with torch.device("meta"):
-            network = import_module("shiftaddvit.nvs.nerf").NeRFMLP()
+            network = NeRFMLP()
         found = trace(network, (NERF_CHUNK, 3), (NERF_CHUNK, 3), scale=rays * NERF_SAMPLES / NERF_CHUNK)
     else:
+        from shiftaddvit.nvs.convert import reparameterize_gnt
+        from shiftaddvit.nvs.gnt import GNT
+
         with torch.device("meta"):
-            model = import_module("shiftaddvit.nvs.gnt").GNT()
+            model = GNT()
             if recipe != "dense":
-                import_module("shiftaddvit.nvs.convert").reparameterize_gnt(model, named_recipe(recipe))
+                reparameterize_gnt(model, named_recipe(recipe))
         points, network = (GNT_CHUNK, GNT_SAMPLES), _Rays(model.net_coarse)
         shapes = [(*points, GNT_VIEWS, width) for width in (35, 4, 1)]
         found = trace(network, *shapes, (*points, 3), (GNT_CHUNK, 3), scale=rays / GNT_CHUNK)
@@ -156,5 +160,6 @@ class _Rays(nn.Module):
         self.network = network
 
     def forward(self, values: Tensor, ray_diff: Tensor, mask: Tensor, points: Tensor, direction: Tensor) -> Tensor:
-        seen = import_module("shiftaddvit.nvs.projector").Seen(values, ray_diff, mask)
-        return self.network(seen, points, direction)[0]
+        from shiftaddvit.nvs.projector import Seen
+
+        return self.network(Seen(values, ray_diff, mask), points, direction)[0]

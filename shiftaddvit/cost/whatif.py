@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from shiftaddvit.errors import UserError, unknown
 
-from .estimate import Settings, named_energy
+from .estimate import named_energy
 from .result import Energy
+from .settings import Settings
 
 Over = Literal["shift-share", "weight-bits", "shift-bits", "activation-bits"]
 RANGES: dict[str, tuple[float, ...]] = {
