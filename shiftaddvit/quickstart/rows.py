@@ -56,7 +56,7 @@ class Budget:
             StageConfig("attention", self.attention_epochs, lr=self.lr, warmup_epochs=0.2),
             StageConfig("all", self.linear_epochs, lr=self.lr, warmup_epochs=0.2),
         )
-        return FinetuneConfig(stages=stages, seed=seed, evaluate_every=0, measure_latency=False, checkpoint_minutes=60)
+        return FinetuneConfig(stages=stages, seed=seed, evaluate_every=0, cost="equal", checkpoint_minutes=60)
 
 
 @dataclass(frozen=True)

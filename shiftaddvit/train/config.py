@@ -53,8 +53,8 @@ class FinetuneConfig:
     """For targets that are class indices; soft targets (mixup) carry their own."""
     balance_weight: float = 0.01
     """λ of the latency-aware balance loss."""
-    measure_latency: bool = True
-    """Measure both experts of each mixture on this device for the balance loss; otherwise they count as equal."""
+    cost: Literal["latency", "energy", "equal"] = "latency"
+    """What the balance loss weighs experts by: their latency measured on this device, their energy on the Eyeriss model, or nothing."""
     distill_weight: float = 0.0
     """Share of the loss that comes from the dense teacher; 0 is none."""
     distill_temperature: float = 1.0
@@ -81,6 +81,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("no", "fp16", "bf16"):
             raise UserError(f"precision must be 'no', 'fp16' or 'bf16', got {self.precision!r}")
+        if self.cost not in ("latency", "energy", "equal"):
+            raise UserError(f"cost must be 'latency', 'energy' or 'equal', got {self.cost!r}")
         if not self.stages:
             raise UserError("a run needs at least one stage")
         if not 0 <= self.distill_weight <= 1:

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from shiftaddvit.conditions import conditions
+from shiftaddvit.cost import expert_energies
 from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation import Evaluation, evaluate
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
@@ -186,16 +187,16 @@ class _Session:
         if calibrated:
             return
         mixtures = any(isinstance(module, (MoELinear, MoEMlp)) for module in self.model.modules())
-        measure = mixtures and self.config.measure_latency and self.config.balance_weight > 0
+        measure = mixtures and self.config.cost != "equal" and self.config.balance_weight > 0
         if needs_calibration(self.model) or measure:
             images = _first_images(train_loader).to(self.accelerator.device)
         if needs_calibration(self.model):
             trained = calibrate(self.model, images[:8], seed=self.config.seed)
             self._log({"event": "calibrate", "hash_functions": trained})
         if measure:
-            costs = measure_expert_latency(self.model, images)
+            costs = _expert_costs(self.model, images, self.config.cost)
             set_expert_costs(self.model, costs)
-            self._log({"event": "latency", "seconds": costs})
+            self._log({"event": "expert costs", "cost": self.config.cost, "of": costs})
         if self.accelerator.num_processes > 1:
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 torch.distributed.broadcast(tensor.data, src=0)
@@ -264,6 +265,13 @@ class _Session:
             for key in ("loss", "top1", "lr", "images_per_second"):
                 if event.get(key) is not None:
                     self.board.add_scalar(f"{label}/{event['event']}/{key}", event[key], event["epoch"] * 100_000 + event.get("step", 0))
+
+
+def _expert_costs(model: nn.Module, images: Tensor, cost: str) -> dict[str, list[float]]:
+    """Seconds on this device, or modelled picojoules, of each expert of each mixture."""
+    if cost == "latency":
+        return measure_expert_latency(model, images)
+    return expert_energies(model, tuple(images.shape))
 
 
 def _first_images(loader: Any) -> Tensor:

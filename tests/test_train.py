@@ -1,0 +1,467 @@
+"""Training: a run that is stopped and resumed equals one that never was; stages, groups, folders, and loud failures."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import shiftaddvit
+from shiftaddvit.data.augment import AugmentConfig
+from shiftaddvit.data.resident import ResidentLoader
+from shiftaddvit.errors import UserError
+from shiftaddvit.layers import AngularAttention, KernelHash, MoELinear, ShiftLinear
+from shiftaddvit.reparam import Recipe, recipes, reparameterize
+from shiftaddvit.train import FinetuneConfig, Interrupted, NotFinite, StageConfig, finetune, pretraining
+from shiftaddvit.train.config import config_from_dict
+from shiftaddvit.train.finetune import plan_stages
+from shiftaddvit.train.latency import measure_expert_latency, set_expert_costs
+from shiftaddvit.train.optim import make_optimizer, parameter_groups
+from shiftaddvit.train.run_folder import read_log
+from shiftaddvit.train.stage import Position, step_seed
+
+torch.set_num_threads(1)
+ARGS = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "drop_path_rate": 0.1}
+TWO_STAGES = FinetuneConfig(
+    stages=(StageConfig("attention", 2, warmup_epochs=0.5), StageConfig("all", 2, warmup_epochs=0.5)),
+    ema_decay=0.9, cost="equal", seed=3,
+)  # fmt: skip
+STEPS = 3
+"""Batches an epoch."""
+
+
+def model(recipe: Recipe | str | None = "ours-quant-moe") -> nn.Module:
+    torch.manual_seed(0)
+    built = shiftaddvit.create_model("vit_tiny_patch16_224", ARGS)
+    return built if recipe is None else reparameterize(built, recipe)
+
+
+def loader(train: bool = True, **changes) -> ResidentLoader:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (13, 32, 32, 3), dtype=np.uint8), np.arange(13) % 3
+    augment = AugmentConfig(rand_augment=None)
+    return ResidentLoader(images, labels, train=train, batch_size=4, augment=augment, seed=1, classes=3, **changes)
+
+
+class Stopping:
+    """A loader during which something happens before global batch `at`."""
+
+    def __init__(self, at: int, happens):
+        self.inner, self.at, self.happens, self.seen, self.batch_size = loader(), at, happens, 0, 4
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.inner.set_epoch(epoch)
+
+    def start_at(self, step: int) -> None:
+        self.inner.start_at(step)
+
+    def __iter__(self):
+        for images, targets in self.inner:
+            if self.seen == self.at:
+                images = self.happens(images)
+            self.seen += 1
+            yield images, targets
+
+
+def interrupt(images: torch.Tensor) -> torch.Tensor:
+    signal.raise_signal(signal.SIGINT)
+    return images
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> nn.Module:
+    reference = model()
+    finetune(reference, loader(), loader(False), TWO_STAGES, show=False)
+    return reference
+
+
+# Each stage sees six batches.
+@pytest.mark.parametrize(
+    ("at", "fresh"), [(0, True), (STEPS - 1, True), (STEPS, True), (2 * STEPS, True), (4 * STEPS - 1, True), (1, False), (2 * STEPS + 1, False)]
+)
+def test_resuming_after_ctrl_c_equals_an_uninterrupted_run(at, fresh, tmp_path, uninterrupted):
+    stopped = model()
+    with pytest.raises(Interrupted):
+        finetune(stopped, Stopping(at, interrupt), loader(False), TWO_STAGES, output=tmp_path / "run", show=False)
+    resumed = model() if fresh else stopped
+    result = finetune(resumed, loader(), loader(False), TWO_STAGES, output=tmp_path / "run", resume=True, show=False)
+    assert same(resumed, uninterrupted)
+    assert [(entry["stage"], entry["epoch"]) for entry in result.history] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert same(shiftaddvit.load(tmp_path / "run" / "model.safetensors"), uninterrupted)
+
+
+def test_ctrl_c_during_an_evaluation_stops_too(tmp_path, uninterrupted):
+    evaluation = Stopping(7, interrupt)  # the last batch of the first stage's last evaluation
+    evaluation.inner = loader(False)
+    stopped = model()
+    with pytest.raises(Interrupted):
+        finetune(stopped, loader(), evaluation, TWO_STAGES, output=tmp_path / "run", show=False)
+    assert evaluation.seen == 8
+    finetune(stopped, loader(), loader(False), TWO_STAGES, output=tmp_path / "run", resume=True, show=False)
+    assert same(stopped, uninterrupted)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path, uninterrupted):
+    for _ in range(2):
+        again = model()
+        result = finetune(again, loader(), loader(False), TWO_STAGES, output=tmp_path / "run", resume=True, show=False)
+        assert same(again, uninterrupted) and len(result.history) == 4
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert stored["history"] == result.history and stored["conditions"]["seed"] == 3
+    assert stored["evaluation"]["top1"] == result.evaluation.top1
+
+
+KILLS = """
+# Imports once and forks a run for every kill: starting Python would take longer than the run itself.
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from test_train import TWO_STAGES, loader, model
+from shiftaddvit.train import finetune
+
+random.seed(0)
+checkpoint = Path({output!r}) / "checkpoint.pt"
+config = replace(TWO_STAGES, checkpoint_minutes=0.0)
+
+
+def written():
+    return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+
+def start():
+    child = os.fork()
+    if child == 0:
+        finetune(model(), loader(), loader(False), config, output={output!r}, resume=True, show=False)
+        os._exit(0)
+    return child
+
+
+kills = 0
+while kills < 6:
+    before, child, done = written(), start(), 0
+    while written() == before and not done:  # killed only after it got further, so that the end comes
+        time.sleep(0.001)
+        done = os.waitpid(child, os.WNOHANG)[0]
+    if done:
+        break
+    time.sleep(random.random() * 0.1)
+    os.kill(child, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+assert os.waitpid(start(), 0)[1] == 0
+print(kills)
+"""
+
+
+def test_a_run_killed_at_random_moments_reaches_the_same_result(tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    code = KILLS.format(folder=str(Path(__file__).parent), output=str(run))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 2
+    assert same(shiftaddvit.load(run / "model.safetensors"), uninterrupted)
+    assert not list(run.glob(".*.tmp"))
+    assert all("event" in event for event in read_log(run / "log.jsonl"))
+
+
+def test_what_a_kill_left_is_tidied(tmp_path):
+    run = tmp_path / "run"
+    config = replace(TWO_STAGES, stages=(StageConfig("all", 1),))
+    with pytest.raises(Interrupted):
+        finetune(model("mlp-shift"), Stopping(1, interrupt), None, config, output=run, show=False)
+    (run / ".checkpoint.pt.abc.tmp").write_bytes(b"half")
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"event": "st')
+    finetune(model("mlp-shift"), loader(), None, config, output=run, resume=True, show=False)
+    assert not (run / ".checkpoint.pt.abc.tmp").exists()
+    assert "resume" in [event["event"] for event in read_log(run / "log.jsonl")]
+
+
+def planned(recipe: Recipe | str | None, config: FinetuneConfig = FinetuneConfig()) -> list[tuple[str, int]]:
+    return [(stage.primitives, stage.epochs) for stage in plan_stages(model(recipe), config)]
+
+
+def test_stages_follow_the_recipe_and_every_row_trains_equally_long():
+    assert planned("ours-quant-moe") == [("attention", 10), ("all", 10)]
+    assert planned("ours-quant-linear") == [("attention", 20)]
+    assert planned("pvt-moe") == [("all", 20)]
+    assert planned("pvt") == [("all", 20)]
+    assert planned(None) == [("dense", 20)]
+    assert planned(None, pretraining(7)) == [("dense", 7)]
+    assert planned(Recipe(overrides=(("blocks.0.mlp", {"mlp": "shift"}),))) == [("all", 20)]
+    assert planned(Recipe(overrides=(("blocks.0.attn", {"attention": "linear"}),))) == [("attention", 20)]
+
+
+def test_the_attention_stage_multiplies_and_the_linear_stage_starts_from_what_it_reached(tmp_path):
+    built, seen = model("ours-quant-shift"), []
+
+    def look(images: torch.Tensor) -> torch.Tensor:
+        seen.append((type(built.blocks[0].mlp.fc1), deepcopy(built.blocks[0].mlp.fc1.state_dict())))
+        return images
+
+    class Looking(Stopping):
+        def __iter__(self):
+            for batch in self.inner:
+                look(batch[0])
+                yield batch
+
+    finetune(built, Looking(-1, look), None, replace(TWO_STAGES, ema_decay=None, shift_lr_scale=1.0), show=False)
+    assert [kind for kind, _ in seen] == [nn.Linear] * 6 + [ShiftLinear] * 6
+    assert isinstance(built.blocks[0].attn, AngularAttention)
+    last, first = seen[5][1]["weight"], ShiftLinear.from_linear(nn.Linear(16, 64))
+    first.load_state_dict(seen[6][1])
+    assert torch.nn.functional.cosine_similarity(first.dense_weight().flatten(), last.flatten(), dim=0) > 0.999
+
+
+def test_training_only_the_attention_stage_gives_a_model_that_saves(tmp_path):
+    built = model("ours-quant-moe")
+    finetune(built, loader(), None, replace(TWO_STAGES, stages=(StageConfig("attention", 1),)), output=tmp_path / "run", show=False)
+    assert built.shiftaddvit_recipe.mlp == "mult" and built.shiftaddvit_recipe.add == "quant"
+    assert same(shiftaddvit.load(tmp_path / "run" / "model.safetensors"), built)
+
+
+@pytest.mark.parametrize("name", ["ours-ksh-moe", "ours-quant-shift"])
+def test_no_decay_on_shifts_signs_routers_norms_and_biases(name):
+    built = model(name)
+    groups = parameter_groups(built, 0.05, 1e-3, 10.0)
+    names = {id(p): key for key, p in built.named_parameters()}
+    decayed, plain, shifts = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0, 0.0]
+    assert groups[2]["lr"] == pytest.approx(1e-2)
+    assert decayed | plain | shifts == set(names.values()) and not decayed & plain
+    assert shifts == {key for key in names.values() if key.endswith((".shift", ".sign"))} and shifts
+    assert not {key for key in decayed if "router" in key or "token_conv" in key or "norm" in key or key.endswith("bias")}
+    assert {"cls_token", "pos_embed"} <= plain and "head.weight" in decayed
+
+
+def test_q_latents_are_not_decayed():
+    built = model(Recipe.from_dict({"mlp": "shift", "shift": {"variant": "q"}}))
+    groups = parameter_groups(built, 0.05, 1e-3, 10.0)
+    plain = {id(p) for p in groups[1]["params"]}
+    assert all(id(m.latent) in plain for m in built.modules() if isinstance(m, ShiftLinear))
+
+
+def spoil(images: torch.Tensor) -> torch.Tensor:
+    images = images.clone()
+    images[0, 0, 0, 0] = math.nan
+    return images
+
+
+def test_nan_loss_stops_naming_step_and_layer_and_keeps_the_checkpoint(tmp_path):
+    config = replace(TWO_STAGES, checkpoint_minutes=0.0)
+    built = model()
+    with pytest.raises(NotFinite, match=r"loss is nan at step 1 of epoch 1, stage 1: first at the output of patch_embed\.proj;"):
+        finetune(built, Stopping(STEPS + 1, spoil), None, config, output=tmp_path / "run", show=False)
+    assert all(p.isfinite().all() for p in built.parameters())
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["position"] == {"stage": 0, "epoch": 1, "step": 1}
+    assert all(v.isfinite().all() for v in checkpoint["model"].values() if v.is_floating_point())
+
+
+def test_a_broken_layer_is_named():
+    built = model()
+    built.blocks[0].mlp.act.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    with pytest.raises(NotFinite, match=r"step 0 of epoch 0.*the output of blocks\.0\.mlp\.act"):
+        finetune(built, loader(), None, TWO_STAGES, show=False)
+    built = model(None)
+    built.norm.weight.data[0] = math.nan
+    with pytest.raises(NotFinite, match="parameter norm.weight;"):
+        finetune(built, loader(), None, TWO_STAGES, show=False)
+
+
+def test_a_fused_optimiser_leaves_weights_alone_when_a_gradient_is_broken():
+    from types import SimpleNamespace
+
+    from shiftaddvit.train.stage import _Loop
+
+    linear = nn.Linear(3, 3)
+    optimizer = make_optimizer(linear, "adamw", 1e-1, 0.1, 1.0, fused=True)
+    loop = _Loop.__new__(_Loop)
+    loop.run_, loop.optimizer = SimpleNamespace(accelerator=SimpleNamespace(scaler=None)), optimizer
+    for bad in (True, False):
+        before = linear.weight.detach().clone()
+        for parameter in linear.parameters():
+            parameter.grad = torch.full_like(parameter, math.nan if bad else 1.0)
+        loop.skip_if_broken(torch.tensor(math.nan if bad else 1.0))
+        optimizer.step()
+        assert linear.weight.isfinite().all() and torch.equal(linear.weight, before) == bad
+
+
+def test_a_folder_with_another_run_is_refused_resumed_or_replaced(tmp_path):
+    config = replace(TWO_STAGES, stages=(StageConfig("all", 1),))
+    run = tmp_path / "run"
+    finetune(model("mlp-shift"), loader(), None, config, output=run, show=False)
+    whole = {file.name: file.read_bytes() for file in run.iterdir()}
+    with pytest.raises(UserError, match="already holds a run.*--resume.*--overwrite"):
+        finetune(model("mlp-shift"), loader(), None, config, output=run, show=False)
+    with pytest.raises(UserError, match="another config"):
+        finetune(model("mlp-shift"), loader(), None, replace(config, seed=4), output=run, resume=True, show=False)
+    with pytest.raises(UserError, match="another recipe"):
+        finetune(model("mlp-moe"), loader(), None, config, output=run, resume=True, show=False)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == whole
+    finetune(model("mlp-moe"), loader(), None, config, output=run, overwrite=True, show=False)
+    assert shiftaddvit.load(run / "model.safetensors").shiftaddvit_recipe.mlp == "moe"
+
+
+def test_the_average_of_the_weights_is_the_result():
+    config = replace(TWO_STAGES, stages=(StageConfig("all", 3, lr=0.1, warmup_epochs=0),))
+    plain, averaged = model("mlp-shift"), model("mlp-shift")
+    finetune(plain, loader(), None, replace(config, ema_decay=None), show=False)
+    finetune(averaged, loader(), None, replace(config, ema_decay=0.9), show=False)
+    start = model("mlp-shift").blocks[0].mlp.fc2.shift
+    moved = [(trained.blocks[0].mlp.fc2.shift - start).norm() for trained in (plain, averaged)]
+    assert 0 < moved[1] < 0.9 * moved[0]
+
+
+def test_distillation_pulls_towards_the_teacher():
+    teacher = model(None)
+    teacher.head.bias.data = torch.tensor([4.0, 0.0, -4.0])
+    config = replace(TWO_STAGES, stages=(StageConfig("all", 10, lr=0.5, warmup_epochs=0),), ema_decay=None)
+    distances = {}
+    images = next(iter(loader(False)))[0]
+    for weight in (0.0, 1.0):
+        student = model("mlp-shift")
+        finetune(student, loader(), None, replace(config, distill_weight=weight), teacher=teacher, show=False)
+        with torch.no_grad():
+            distances[weight] = (student(images).softmax(-1) - teacher(images).softmax(-1)).abs().mean().item()
+    assert distances[1.0] < 0.7 * distances[0.0]
+    with pytest.raises(UserError, match="needs a teacher"):
+        finetune(model(), loader(), None, replace(config, distill_weight=0.5), show=False)
+
+
+def test_mixed_precision_leaves_no_trace_on_the_model(tmp_path):
+    config = replace(TWO_STAGES, stages=(StageConfig("attention", 1), StageConfig("all", 1)), precision="bf16")
+    built = model()
+    finetune(built, loader(), loader(False), config, output=tmp_path / "run", show=False)
+    assert "forward" not in vars(built)
+    images = next(iter(loader(False)))[0]
+    with torch.no_grad():
+        assert torch.equal(built(images), shiftaddvit.load(tmp_path / "run" / "model.safetensors")(images))
+    finetune(model(), loader(), None, replace(config, precision="no"), show=False)  # another precision in the same process
+
+
+def test_hashes_are_calibrated_before_the_first_step(tmp_path):
+    recipe = Recipe.from_dict({"attention": "linear", "add": "ksh", "hash": {"steps": 2, "anchors": 5, "bits": 4}})
+    built = model(recipe)
+    finetune(built, loader(), None, replace(TWO_STAGES, stages=(StageConfig("attention", 1),)), output=tmp_path / "run", show=False)
+    assert all(m.calibrated for m in built.modules() if isinstance(m, KernelHash))
+    assert {"event": "calibrate", "hash_functions": 1}.items() <= read_log(tmp_path / "run" / "log.jsonl")[1].items()
+
+
+def test_a_packed_model_is_refused():
+    with pytest.raises(UserError, match="no longer trains"):
+        finetune(shiftaddvit.pack(model("mlp-shift")), loader(), None, TWO_STAGES, show=False)
+
+
+def test_latency_is_measured_once_a_shape_and_cached(tmp_path):
+    built, images = model(), torch.randn(2, 3, 32, 32)
+    cache = tmp_path / "latency.json"
+    costs = measure_expert_latency(built, images, cache)
+    assert set(costs) == {name for name, module in built.named_modules() if isinstance(module, MoELinear)}
+    assert all(len(values) == 2 and min(values) > 0 for values in costs.values())
+    stored = json.loads(cache.read_text())
+    assert all(key.startswith("cpu") for key in stored) and len(stored) == 4
+    cache.write_text(json.dumps({key: [3.0, 1.0] for key in stored}))
+    costs = measure_expert_latency(built, images, cache)
+    assert all(values == [3.0, 1.0] for values in costs.values())
+    set_expert_costs(built, costs)
+    assert built.blocks[0].mlp.fc1.latency.tolist() == [0.75, 0.25]
+    assert measure_expert_latency(built, torch.randn(1, 3, 32, 32), cache) != costs  # another number of tokens
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", ""])
+def test_a_broken_latency_cache_is_measured_again(content, tmp_path):
+    (tmp_path / "latency.json").write_text(content)
+    assert measure_expert_latency(model("mlp-moe"), torch.randn(1, 3, 32, 32), tmp_path / "latency.json")
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="not kept"):
+        assert measure_expert_latency(model("mlp-moe"), torch.randn(1, 3, 32, 32), tmp_path / "file" / "latency.json")
+
+
+def test_every_step_has_a_seed_of_its_own():
+    seeds = {
+        step_seed(seed, Position(stage, epoch, step), rank)
+        for seed in range(3) for stage in range(3) for epoch in range(4) for step in range(-1, 6) for rank in range(3)
+    }  # fmt: skip
+    assert len(seeds) == 3 * 3 * 4 * 7 * 3
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"stages": ()}, {"distill_weight": 2.0}])
+def test_wrong_settings_are_named(changes):
+    with pytest.raises(UserError, match=next(iter(changes)).rstrip("s")):
+        FinetuneConfig(**changes)
+
+
+def test_config_survives_json():
+    from dataclasses import asdict
+
+    for config in (FinetuneConfig(), FinetuneConfig.published(), TWO_STAGES):
+        assert config_from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+TORCHRUN = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(200, exit=True)  # a deadlock shows where
+sys.path.insert(0, {folder!r})
+import torch
+from test_train import TWO_STAGES, loader, model
+from dataclasses import replace
+from accelerate import PartialState
+from shiftaddvit.data.order import Shard
+from shiftaddvit.train import StageConfig, finetune
+state = PartialState()
+assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+shard = Shard(state.process_index, 2)
+built = model("ours-ksh-moe")
+config = replace(TWO_STAGES, stages=(StageConfig("attention", 1), StageConfig("all", 2)), cost="latency", checkpoint_minutes=0.0)
+result = finetune(built, loader(shard=shard), loader(False, shard=shard), config, output={output!r}, show=False)
+total = torch.cat([p.detach().double().flatten() for p in built.state_dict().values()]).sum().reshape(1)
+other = [torch.zeros_like(total) for _ in range(2)]
+torch.distributed.all_gather(other, total)
+assert torch.equal(*other), other
+assert result.evaluation.images == 13
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_one_model(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(textwrap.dedent(TORCHRUN.format(folder=str(Path(__file__).parent), output=str(tmp_path / "run"))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert shiftaddvit.load(tmp_path / "run" / "model.safetensors")
+    events = [event["event"] for event in read_log(tmp_path / "run" / "log.jsonl")]
+    assert events.count("start") == 1 and events.count("evaluate") == 3
+
+
+def test_recipes_of_the_table_are_plannable():
+    for name in recipes:
+        if not name.startswith("gnt"):
+            assert sum(epochs for _, epochs in planned(name)) == 20
