@@ -147,14 +147,14 @@ def linear_attention():
                 yield f"encode x{experts} {batch}x{tokens}x{c}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, s=bias, p=parts: (
                     kernels.encode(
                         meta(b, n, c, dtype=half), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, 3 * c, c, dtype=half), s, r,
-                        None, h, "token", "zero-one", False, p,
+                        None, h, "token", "zero-one", False, False, p,
                     )
                 )  # fmt: skip
                 yield f"mix x{experts} {batch}x{tokens}x{c}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, d=d, p=parts: (
                     kernels.mix(
                         meta(b, h, n, d // 32, dtype=torch.int32), meta(b, n, c, dtype=half), meta(b, p, h, d, d, dtype=single),
-                        meta(0, dtype=single), meta(h, 9, dtype=half), meta(e, c, c, dtype=half), meta(e, c, dtype=single), r,
-                        meta(b, n, c, dtype=half), "zero-one", "own", True, True, 0,
+                        meta(0, dtype=single), meta(0, dtype=single), meta(h, 9, dtype=half), meta(e, c, c, dtype=half), meta(e, c, dtype=single), r,
+                        meta(b, n, c, dtype=half), "zero-one", "own", True, "l2", 1.0, 0,
                     )
                 )  # fmt: skip
 

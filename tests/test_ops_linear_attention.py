@@ -31,13 +31,14 @@ def fused(x, norm, attention, backend):
     rule = "token" if binary is None else binary.threshold
     encoded = attention_encode(
         x, attention.qkv.weight, attention.heads, attention.qkv.bias, (norm.weight, norm.bias), norm.eps, None, rule, None, codes,
-        v_sum=config.local == "mean", backend=backend,
+        config.local == "mean", config.output_norm == "similarity", backend=backend,
     )  # fmt: skip
     conv = attention.token_conv.weight[:, 0, :, 0] if attention.token_conv is not None else None
     prefix = 0 if config.prefix_in_conv else attention.prefix_tokens
     return attention_mix(
         encoded, attention.proj.weight, attention.proj.bias, None, x, conv, codes, config.local, config.context == "mean",
-        config.output_norm == "l2", prefix, backend=backend,
+        config.output_norm == "l2", config.output_norm == "similarity",
+        1 / attention.head_dim if config.unit_codes and binary is not None else 1.0, prefix, backend=backend,
     )[0]  # fmt: skip
 
 
@@ -48,6 +49,8 @@ CASES = [
     (1, 21, 128, 2, BinaryConfig(), AngularConfig.published(), 1),
     (2, 1, 32, 2, None, AngularConfig(token_conv=0), 0),
     (1, 70, 32, 1, None, AngularConfig(shared_qk=True), 0),
+    (2, 70, 64, 2, BinaryConfig(codes="plus-minus"), AngularConfig(local="mean", output_norm="similarity", unit_codes=True), 1),
+    (1, 66, 32, 1, None, AngularConfig(context="sum", output_norm="similarity"), 0),
 ]
 
 
@@ -156,7 +159,7 @@ def test_opcheck_compile_and_export():
     assert torch.equal(torch.compile(Block(), fullgraph=True, backend="aot_eager")(x), expected)
     assert torch.equal(torch.export.export(Block(), (x,)).module()(x), expected)
     for codes, sums in itertools.product(("zero-one", "float"), (False, True)):
-        args = (x, None, None, 1e-6, weight[None], None, None, None, 2, "token", codes, sums, 1, False, "reference")
+        args = (x, None, None, 1e-6, weight[None], None, None, None, 2, "token", codes, sums, sums, 1, False, "reference")
         torch.library.opcheck(torch.ops.shiftaddvit.attention_encode.default, args, test_utils=("test_schema", "test_faketensor"))
 
 

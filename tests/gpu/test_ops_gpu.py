@@ -140,6 +140,15 @@ def test_linear_attention(tokens, width, heads, codes, experts, dtype):
     assert error(y, again) < (2e-2 if experts == 2 else 2e-3 if dtype == torch.float16 else 1e-5)
 
 
+@pytest.mark.parametrize("context_mean", [False, True])
+def test_linear_attention_normalised_by_similarity(context_mean):
+    x, qkv, proj = normal(3, 196, 160, dtype=torch.float16), normal(480, 160, dtype=torch.float16), normal(160, 160, dtype=torch.float16)
+    encoded = attention_encode(x, qkv, 5, codes="plus-minus", v_sum=True, k_sum=True)
+    form = {"codes": "plus-minus", "local": "mean", "context_mean": context_mean, "output_unit": False, "similarity": True, "factor": 1 / 32}
+    y, _ = attention_mix(encoded, proj, **form)
+    assert error(y, attention_mix(encoded, proj, **form, backend="reference")[0]) < 2e-3
+
+
 @pytest.mark.parametrize("dispatch", ["dual", "partition"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 32, 64), (1000, 160, 640), (9000, 320, 1280), (513, 640, 160)])

@@ -36,6 +36,8 @@ class Encoded(NamedTuple):
     """Σ_j v_j of each part, float32; empty unless asked for."""
     choice: Int8[Tensor, "B N"]
     """The expert of every token; empty for one expert."""
+    k_sum: Float[Tensor, "B parts h d"]
+    """Σ_j k_j of each part, float32; empty unless asked for."""
 
 
 def attention_encode(
@@ -50,13 +52,15 @@ def attention_encode(
     threshold: Float[Tensor, "2 h"] | None = None,
     codes: Codes = "zero-one",
     v_sum: bool = False,
+    k_sum: bool = False,
     pdl: bool = False,
     backend: Backend = "auto",
 ) -> Encoded:
     """LayerNorm, q k v, codes and context sums. `weight` with 2C outputs holds shared queries and keys, then values.
 
     A code is 1[q/‖q‖ > threshold], with the threshold the token's mean, zero, or `threshold` (2, heads) for queries and keys.
-    `codes` is `zero-one`, `plus-minus`, or `float` for unit-length q and k themselves. `v_sum` is needed for the local term `mean`.
+    `codes` is `zero-one`, `plus-minus`, or `float` for unit-length q and k themselves. `v_sum` is needed for the local term `mean`,
+    `k_sum` for normalisation by similarity.
     """
     batch, tokens, width = x.shape
     if weight.dim() == 2:
@@ -71,10 +75,11 @@ def attention_encode(
     same_device(x=x, weight=weight, bias=bias, router=router, threshold=threshold)
     x = x if x.stride(-1) == 1 and x.stride(0) == tokens * x.stride(1) else x.contiguous()
     result = torch.ops.shiftaddvit.attention_encode(
-        x, *(norm or (None, None)), eps, weight.contiguous(), bias, router, threshold, heads, rule, codes, v_sum,
+        x, *(norm or (None, None)), eps, weight.contiguous(), bias, router, threshold, heads, rule, codes, v_sum, k_sum,
         _parts(backend, x, heads), pdl, backend,
     )  # fmt: skip
-    return Encoded(*result[:4], result[4].reshape(batch, tokens) if router is not None else result[4])
+    choice = result[4].reshape(batch, tokens) if router is not None else result[4]
+    return Encoded(*result[:4], choice, result[5])
 
 
 def attention_mix(
@@ -88,14 +93,17 @@ def attention_mix(
     local: Local = "own",
     context_mean: bool = True,
     output_unit: bool = True,
+    similarity: bool = False,
+    factor: float = 1.0,
     prefix: int = 0,
     pdl: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "B N C"], Int8[Tensor, "B N"]]:
-    """residual + Expert([unit](local + q·context/π) + token convolution), and the expert of every token.
+    """residual + Expert(normalised(local + q·context·factor/π) + token convolution), and the expert of every token.
 
     `local` is ½ of the token's own v, ½ of the mean of v, or nothing; `context_mean` divides the context by N; `output_unit` scales
-    each head's output to length one; the first `prefix` tokens stand outside the convolution's raster.
+    each head's output to length one; `similarity` instead divides it by Σ_j (½ + q·k_j·factor/π), in the units of the context; `factor` is
+    1/d for codes that stand for unit vectors; the first `prefix` tokens stand outside the convolution's raster.
     """
     batch, tokens, width = encoded.v.shape
     heads = encoded.context.shape[2]
@@ -109,13 +117,18 @@ def attention_mix(
         raise UserError(f"conv must be ({heads}, odd window), got {_about(conv)}")
     if local == "mean" and encoded.v_sum.numel() == 0 and encoded.v.numel() > 0:
         raise UserError("local 'mean' needs the sums of v: call attention_encode with v_sum=True")
+    if similarity and output_unit:
+        raise UserError("similarity and output_unit exclude each other: pass output_unit=False")
+    if similarity and encoded.k_sum.numel() == 0 and encoded.v.numel() > 0:
+        raise UserError("similarity needs the sums of k: call attention_encode with k_sum=True")
     if residual is not None and residual.shape != encoded.v.shape:
         raise UserError(f"residual must be {tuple(encoded.v.shape)}, got {_about(residual)}")
     if not 0 <= prefix <= max(tokens, 0):
         raise UserError(f"prefix must be from 0 to {tokens}, got {prefix}")
     y, choice = torch.ops.shiftaddvit.attention_mix(
-        *encoded[:4], conv.contiguous() if conv is not None else None, weight.contiguous(), bias, router,
-        residual.contiguous() if residual is not None else None, codes, local, context_mean, output_unit, prefix, pdl, backend,
+        *encoded[:4], encoded.k_sum, conv.contiguous() if conv is not None else None, weight.contiguous(), bias, router,
+        residual.contiguous() if residual is not None else None, codes, local, context_mean,
+        "similarity" if similarity else "l2" if output_unit else "none", factor, prefix, pdl, backend,
     )  # fmt: skip
     return y, choice.reshape(batch, tokens) if router is not None else choice
 
@@ -155,11 +168,11 @@ def _about(tensor: Tensor | None) -> str:
     "shiftaddvit::attention_encode",
     mutates_args=(),
     schema="(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, Tensor? router, "
-    "Tensor? threshold, int heads, str rule, str codes, bool v_sum, SymInt parts, bool pdl, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? threshold, int heads, str rule, str codes, bool v_sum, bool k_sum, SymInt parts, bool pdl, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _encode(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, rule, codes, v_sum, parts, pdl, backend):
-    arguments = (x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, rule, codes, v_sum, parts)
+def _encode(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, rule, codes, v_sum, k_sum, parts, pdl, backend):
+    arguments = (x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, rule, codes, v_sum, k_sum, parts)
     if choose_backend(backend, x) == "triton":
         from . import triton as kernels
 
@@ -168,7 +181,7 @@ def _encode(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, hea
 
 
 @_encode.register_fake
-def _(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, rule, codes, v_sum, parts, pdl, backend):
+def _(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, rule, codes, v_sum, k_sum, parts, pdl, backend):
     batch, tokens, width = x.shape
     d = width // heads
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -183,21 +196,24 @@ def _(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, ru
         x.new_empty(batch, parts, heads, d, d, dtype=wide),
         x.new_empty((batch, parts, heads, d) if v_sum else (0,), dtype=wide),
         x.new_empty(batch * tokens if router is not None else 0, dtype=torch.int8),
+        x.new_empty((batch, parts, heads, d) if k_sum else (0,), dtype=wide),
     )
 
 
 @torch.library.custom_op(
     "shiftaddvit::attention_mix",
     mutates_args=(),
-    schema="(Tensor queries, Tensor v, Tensor context, Tensor v_sum, Tensor? conv, Tensor weight, Tensor? bias, Tensor? router, "
-    "Tensor? residual, str codes, str local, bool context_mean, bool output_unit, int prefix, bool pdl, str backend) "
+    schema="(Tensor queries, Tensor v, Tensor context, Tensor v_sum, Tensor k_sum, Tensor? conv, Tensor weight, Tensor? bias, "
+    "Tensor? router, Tensor? residual, str codes, str local, bool context_mean, str output, float factor, int prefix, bool pdl, "
+    "str backend) "
     "-> (Tensor, Tensor)",
 )
 def _mix(
-    queries, v, context, v_sum, conv, weight, bias, router, residual, codes, local, context_mean, output_unit, prefix, pdl, backend
-):
+    queries, v, context, v_sum, k_sum, conv, weight, bias, router, residual, codes, local, context_mean, output, factor, prefix, pdl,
+    backend,
+):  # fmt: skip
     arguments = (
-        queries, v, context, v_sum, conv, weight, bias, router, residual, codes, local, context_mean, output_unit, prefix,
+        queries, v, context, v_sum, k_sum, conv, weight, bias, router, residual, codes, local, context_mean, output, factor, prefix,
     )  # fmt: skip
     if choose_backend(backend, v) == "triton":
         from . import triton as kernels
@@ -208,7 +224,8 @@ def _mix(
 
 @_mix.register_fake
 def _(
-    queries, v, context, v_sum, conv, weight, bias, router, residual, codes, local, context_mean, output_unit, prefix, pdl, backend
-):
+    queries, v, context, v_sum, k_sum, conv, weight, bias, router, residual, codes, local, context_mean, output, factor, prefix, pdl,
+    backend,
+):  # fmt: skip
     choice = v.new_empty(v.shape[0] * v.shape[1] if router is not None else 0, dtype=torch.int8)
     return torch.empty_like(v), choice

@@ -52,9 +52,9 @@ def _product(
 
 @triton.jit
 def encode_kernel(
-    x, gamma, beta, w, bias, router, threshold, queries, v_out, context, v_sum, choice, N, C, C3, stride_x, eps, parts, heads,
+    x, gamma, beta, w, bias, router, threshold, queries, v_out, context, v_sum, k_sum, choice, N, C, C3, stride_x, eps, parts, heads,
     NORM: tl.constexpr, EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, RULE: tl.constexpr,
-    CODES: tl.constexpr, V_SUM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    CODES: tl.constexpr, V_SUM: tl.constexpr, K_SUM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     WHOLE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One head of one picture's part: LayerNorm, q k v, codes of q, v, and Σ_j k_jᵀ v_j over the part's tokens.
@@ -74,6 +74,7 @@ def encode_kernel(
     tiles = tl.cdiv(tl.cdiv(N, BM), parts)
     total = tl.zeros((D, D), tl.float32)
     v_total = tl.zeros((D,), tl.float32)
+    k_total = tl.zeros((D,), tl.float32)
     wait_for_inputs(PDL)
     # Narrow rows are read once and the next tile is fetched meanwhile; wide ones are read again, chunk by chunk, from the cache.
     for t in tl.range(part * tiles, part * tiles + tiles, num_stages=STAGES if WHOLE else 1):
@@ -157,10 +158,14 @@ def encode_kernel(
         total = tl.dot(tl.trans(k.to(T)), v, total, input_precision=PRECISION)
         if V_SUM:
             v_total += tl.sum(v.to(tl.float32), 0)
+        if K_SUM:
+            k_total += tl.sum(k.to(T).to(tl.float32), 0)
     where = (picture * parts + part) * heads + head
     tl.store(context + where * (D * D) + i[:, None] * D + i[None, :], total)
     if V_SUM:
         tl.store(v_sum + where * D + i, v_total)
+    if K_SUM:
+        tl.store(k_sum + where * D + i, k_total)
 
 
 @triton.jit
@@ -176,22 +181,24 @@ def _sum_parts(context, first, parts, heads, D: tl.constexpr, AT_ONCE: tl.conste
 
 
 @triton.jit
-def _sum_rows(v_sum, first, parts, heads, D: tl.constexpr):
+def _sum_rows(sums, first, parts, heads, D: tl.constexpr):
+    """The same for one vector a head."""
     i = tl.arange(0, D)
     total = tl.zeros((D,), tl.float32)
     for p in tl.range(0, parts, num_stages=1):
-        total += tl.load(v_sum + (first + p * heads) * D + i)
+        total += tl.load(sums + (first + p * heads) * D + i)
     return total
 
 
 @triton.jit
 def mix_kernel(
-    queries, v, context, v_sum, conv, w, bias, router, residual, out, choice, N, C, parts, heads, context_scale, prefix,
+    queries, v, context, v_sum, k_sum, conv, w, bias, router, residual, out, choice, N, C, parts, heads, context_scale, local_sum,
+    prefix,
     EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CODES: tl.constexpr, LOCAL: tl.constexpr,
-    UNIT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr,
+    OUTPUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """out = residual + Expert(concat over heads of [unit](local + q Σ kᵀv · scale/π) + token convolution of v)."""
+    """out = residual + Expert(concat over heads of normalised(local + q Σ kᵀv · scale/π) + token convolution of v)."""
     tiles_n = tl.cdiv(C, BN)
     tiles_m = tl.cdiv(N, BM)
     pid = tl.program_id(0)
@@ -232,8 +239,12 @@ def mix_kernel(
             o = o + 0.5 * own
         elif LOCAL == "mean":
             o = o + (0.5 / N) * _sum_rows(v_sum, first, parts, heads, D)[None, :]
-        if UNIT:
+        if OUTPUT == "l2":
             o = _unit(o)
+        elif OUTPUT == "similarity":
+            # ½ + q·k/π summed over all keys, in the units of o.
+            keys = _sum_rows(k_sum, first, parts, heads, D) / N
+            o = o / (local_sum + tl.sum(q.to(tl.float32) * keys[None, :], 1) * context_scale)[:, None]
         for tap in tl.static_range(WINDOW):
             factor = tl.load(conv + head * WINDOW + tap).to(tl.float32)
             if tap == WINDOW // 2:

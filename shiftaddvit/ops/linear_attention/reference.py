@@ -13,8 +13,8 @@ from ..fused_mlp.reference import experts
 
 def encode(
     x: Float[Tensor, "B N C"], norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
-    router: Tensor | None, threshold: Float[Tensor, "2 h"] | None, heads: int, rule: str, codes: str, v_sum: bool, parts: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    router: Tensor | None, threshold: Float[Tensor, "2 h"] | None, heads: int, rule: str, codes: str, v_sum: bool, k_sum: bool, parts: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """As the op `attention_encode`; the first part holds the whole sum, the others nothing."""
     a = x if x.dtype == torch.float64 else x.float()
     batch, tokens, width = a.shape
@@ -31,10 +31,11 @@ def encode(
         q, k = (binary(part, level, rule, codes) for part, level in zip((q, k), levels, strict=True))
         queries = pack_bits(q > 0)
     context = k.to(a.dtype).transpose(-2, -1) @ v.to(a.dtype)
-    sums = v.to(a.dtype).sum(2) if v_sum else a.new_empty(0)
-    context = _in_first_part(context, parts)
-    sums = _in_first_part(sums, parts) if v_sum else sums
-    return queries, v.transpose(1, 2).reshape(x.shape).contiguous(), context, sums, choice
+    values, keys = (
+        _in_first_part(t.to(a.dtype).sum(2), parts) if wanted else a.new_empty(0) for t, wanted in ((v, v_sum), (k, k_sum))
+    )
+    merged = v.transpose(1, 2).reshape(x.shape).contiguous()
+    return queries, merged, _in_first_part(context, parts), values, choice, keys
 
 
 def _in_first_part(sums: Tensor, parts: int) -> Tensor:
@@ -43,8 +44,8 @@ def _in_first_part(sums: Tensor, parts: int) -> Tensor:
 
 def mix(
     queries: Tensor, v: Float[Tensor, "B N C"], context: Float[Tensor, "B S h d d"], v_sum: Float[Tensor, "B S h d"],
-    conv: Float[Tensor, "h window"] | None, weight: Tensor, bias: Tensor | None, router: Tensor | None, residual: Tensor | None,
-    codes: str, local: str, context_mean: bool, output_unit: bool, prefix: int,
+    k_sum: Float[Tensor, "B S h d"], conv: Float[Tensor, "h window"] | None, weight: Tensor, bias: Tensor | None, router: Tensor | None, residual: Tensor | None,
+    codes: str, local: str, context_mean: bool, output: str, factor: float, prefix: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the op `attention_mix`."""
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
@@ -56,14 +57,17 @@ def mix(
     else:
         bits = unpack_bits(queries, d).to(wide)
         q = 2 * bits - 1 if codes == "plus-minus" else bits
-    total = context.to(wide).sum(1) / (max(tokens, 1) if context_mean else 1)
-    o = q @ total / math.pi
+    scale = factor / math.pi / (max(tokens, 1) if context_mean else 1)
+    o = q @ (context.to(wide).sum(1) * scale)
     if local == "own":
         o = o + values / 2
     elif local == "mean":
         o = o + v_sum.to(wide).sum(1).unsqueeze(2) / (2 * max(tokens, 1))
-    if output_unit:
+    if output == "l2":
         o = unit(o)
+    elif output == "similarity":
+        keys = k_sum.to(wide).sum(1).unsqueeze(2) * scale
+        o = o / (0.5 * (1 if context_mean else tokens) + (q * keys).sum(-1, keepdim=True))
     if conv is not None:
         o = o + token_convolution(values, conv.to(wide), prefix)
     y, choice = experts(o.transpose(1, 2).reshape(-1, width), weight, bias, router)

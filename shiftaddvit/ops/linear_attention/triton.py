@@ -38,8 +38,9 @@ def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: 
 
 def encode(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
-    router: Tensor | None, threshold: Tensor | None, heads: int, rule: str, codes: str, v_sum: bool, parts: int, pdl: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    router: Tensor | None, threshold: Tensor | None, heads: int, rule: str, codes: str, v_sum: bool, k_sum: bool, parts: int,
+    pdl: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """x (B, N, C), weight (E, 3C or 2C, C), threshold (2, h) for rule `given`."""
     batch, tokens, width = x.shape
     d, experts = width // heads, weight.shape[0]
@@ -50,26 +51,26 @@ def encode(
         queries = torch.empty(batch, heads, tokens, -(-d // 32), dtype=torch.int32, device=device)
     v = torch.empty(batch, tokens, width, dtype=x.dtype, device=device)
     context = torch.empty(batch, parts, heads, d, d, dtype=torch.float32, device=device)
-    sums = torch.empty((batch, parts, heads, d) if v_sum else (0,), dtype=torch.float32, device=device)
+    values, keys = (torch.empty((batch, parts, heads, d) if s else (0,), dtype=torch.float32, device=device) for s in (v_sum, k_sum))
     choice = torch.empty(batch * tokens if experts == 2 else 0, dtype=torch.int8, device=device)
     if v.numel() == 0:
-        return queries, v, context.zero_(), sums.zero_(), choice
+        return queries, v, context.zero_(), values.zero_(), choice, keys.zero_()
     tile = encode_tile(batch, tokens, width, d, experts, device)
     flags = {"launch_pdl": True} if pdl else {}
     encode_kernel[(batch * parts * heads,)](
-        x, norm_weight, norm_bias, weight, bias, router, threshold, queries, v, context, sums, choice,
+        x, norm_weight, norm_bias, weight, bias, router, threshold, queries, v, context, values, keys, choice,
         tokens, width, weight.shape[1], x.stride(1), eps, parts, heads,
         NORM=norm_weight is not None, EXPERTS=experts, HAS_BIAS=bias is not None, SHARED=weight.shape[1] == 2 * width, RULE=rule,
-        CODES=codes, V_SUM=v_sum, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", PDL=pdl,
+        CODES=codes, V_SUM=v_sum, K_SUM=k_sum, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", PDL=pdl,
         WHOLE=width <= tile.k, D=d, BM=tile.m, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **flags,
     )  # fmt: skip
-    return queries, v, context, sums, choice
+    return queries, v, context, values, choice, keys
 
 
 def mix(
-    queries: Tensor, v: Tensor, context: Tensor, v_sum: Tensor, conv: Tensor | None, weight: Tensor, bias: Tensor | None,
-    router: Tensor | None, residual: Tensor | None, codes: str, local: str, context_mean: bool, output_unit: bool, prefix: int,
-    pdl: bool = False,
+    queries: Tensor, v: Tensor, context: Tensor, v_sum: Tensor, k_sum: Tensor, conv: Tensor | None, weight: Tensor,
+    bias: Tensor | None, router: Tensor | None, residual: Tensor | None, codes: str, local: str, context_mean: bool, output: str,
+    factor: float, prefix: int, pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """v (B, N, C), context (B, S, h, d, d), weight (E, C, C), conv (h, window)."""
     batch, tokens, width = v.shape
@@ -81,9 +82,9 @@ def mix(
     tile = mix_tile(batch, tokens, width, d, experts, v.device)
     flags = {"launch_pdl": True} if pdl else {}
     mix_kernel[(batch * -(-tokens // tile.m) * -(-width // tile.n),)](
-        queries, v, context, v_sum, conv, weight, bias, router, residual, out, choice,
-        tokens, width, parts, heads, (1.0 if context_mean else float(tokens)) / math.pi, prefix,
-        EXPERTS=experts, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, CODES=codes, LOCAL=local, UNIT=output_unit,
+        queries, v, context, v_sum, k_sum, conv, weight, bias, router, residual, out, choice,
+        tokens, width, parts, heads, (1.0 if context_mean else float(tokens)) * factor / math.pi, 0.5 * (1.0 if context_mean else tokens), prefix,
+        EXPERTS=experts, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, CODES=codes, LOCAL=local, OUTPUT=output,
         WINDOW=0 if conv is None else conv.shape[1], PRECISION="tf32x3" if v.dtype == torch.float32 else "tf32", PDL=pdl,
         T=_ELEMENT[v.dtype], D=d, BM=tile.m, BN=tile.n, AT_ONCE=tile.k, num_warps=tile.warps, **flags,
     )  # fmt: skip
