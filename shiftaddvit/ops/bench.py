@@ -27,7 +27,13 @@ CASES: dict[str, Callable[[tuple[int, ...]], Iterator[Case]]] = {
 }
 
 
-def bench_ops(ops: tuple[str, ...] = (), batches: tuple[int, ...] = (1, 32, 256), compiled: bool = True, seed: int = 0, show: Callable[[str], None] = print) -> dict:
+def bench_ops(
+    ops: tuple[str, ...] = (),
+    batches: tuple[int, ...] = (1, 32, 256),
+    compiled: bool = True,
+    seed: int = 0,
+    show: Callable[[str], None] = print,
+) -> dict:
     """Measure the named ops (all when empty) and return a JSON-able dict: conditions, ceilings and one row a contender.
 
     A row has the time's median and tenth and ninetieth percentiles in µs, the error against the exact result, achieved bytes/s, the
@@ -56,7 +62,7 @@ def measure(case: Case, limits: dict[str, float], compiled: bool, show: Callable
     inputs = [first, *(case.inputs() for _ in range(copies_for(first) - 1))]
     expected = case.exact(*first)
     floor = max(case.bytes / limits["bytes_per_s"], case.flop / limits["bf16_flop_per_s"]) * 1e6
-    rows, fastest_other = [], None
+    rows = []
     for name, call in case.contenders.items():
         if not compiled and "compile" in name:
             continue

@@ -16,7 +16,9 @@ from ..bits import pack_bits
 from . import reference
 
 
-def pack_codes(codes: Float[Tensor, "B h N r"], low: float = 0.0, high: float = 1.0, backend: Backend = "auto") -> Int32[Tensor, "B h N words"]:
+def pack_codes(
+    codes: Float[Tensor, "B h N r"], low: float = 0.0, high: float = 1.0, backend: Backend = "auto"
+) -> Int32[Tensor, "B h N words"]:
     """The bits of codes whose values are `low` and `high`; NaN counts as `low`."""
     return torch.ops.shiftaddvit.matadd_pack(codes, (low + high) / 2, backend)
 
