@@ -10,7 +10,7 @@ import pytest
 import shiftaddvit
 
 ROOT = Path(shiftaddvit.__file__).parent
-FREE = {"errors", "files", "conditions"}
+FREE = {"errors", "files", "conditions", "processes"}
 """Leaves that anything may use."""
 LAYERS = {"numerics", "ops", "layers", "losses"}
 MODELS = {"models"}
@@ -19,6 +19,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "conditions": set(),
+    "processes": set(),
     "numerics": set(),
     "ops": {"numerics"},
     "layers": {"numerics", "ops"},

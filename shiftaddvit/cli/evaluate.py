@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.processes import leave, this_process
 
 from . import options
 from .energy import parse_size
 from .failures import refuse_existing, told_when_memory_ends
-from .processes import leave, this_process
 
 if TYPE_CHECKING:
     import torch

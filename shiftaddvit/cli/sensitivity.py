@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.processes import this_process
 
 from . import options
 from .energy import parse_size
 from .evaluate import autocast_type, json_path, write_result
 from .failures import refuse_existing, told_when_memory_ends
-from .processes import this_process
 
 
 def sensitivity(

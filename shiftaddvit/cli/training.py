@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.processes import leave, this_process
 
 from .convert import apply_recipe, check_recipe
 from .evaluate import summary
 from .failures import interrupt_only_here, told_when_disk_is_full, told_when_memory_ends
 from .image_choice import DataChoice, augmentation, check_apart, image_form, training_loaders
 from .model_choice import ModelChoice, Say, open_model, settings_to_store
-from .processes import leave, this_process
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,6 +18,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation import Evaluation, evaluate
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
 from shiftaddvit.layers.packed import is_packed
+from shiftaddvit.processes import this_process
 from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
 from shiftaddvit.reparam.stages import attention_only, converts_attention, converts_linears, to_attention_stage, to_linear_stage
 from shiftaddvit.serialization import save
@@ -72,6 +73,7 @@ def finetune(
     """
     if is_packed(model):
         raise UserError("the model is packed and no longer trains: give the one it was packed from")
+    this_process()
     # accelerate remembers the precision of the first run in this process, and refuses another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=config.precision)
