@@ -7,7 +7,7 @@ import typer
 from shiftaddvit import __version__
 from shiftaddvit.quickstart.command import quickstart
 
-from . import nvs
+from . import bench, nvs
 from .convert import convert
 from .energy import energy
 from .evaluate import evaluate
@@ -45,4 +45,5 @@ def _options(
 
 for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, recipes, models):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(nvs.app, name="nvs")

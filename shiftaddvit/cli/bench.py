@@ -1,0 +1,140 @@
+"""`shiftaddvit bench`: speed of the ops, of whole models and of training, each checked before it is timed."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shiftaddvit.errors import UserError, unknown
+
+from .failures import refuse_existing
+
+SLOWER_OR_WRONG = 3
+"""Exit code when a result is wrong, or slower than the stored one."""
+
+app = typer.Typer(
+    help="Measure speed. Every contender is checked first; a wrong one has no time. Exit code 3: something was wrong, or slower than --against.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Output = Annotated[Path | None, typer.Option("--json", help="Write the result here, after every row.")]
+Against = Annotated[Path | None, typer.Option(help="A stored result of the same device: name what became slower.")]
+Tolerance = Annotated[float, typer.Option(help="How much slower counts, as a share.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The few cases that tell most, in about five minutes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")]
+Models = Annotated[list[str] | None, typer.Argument(help="timm names, pvt_tiny … [default: pvt_v2_b0]")]
+Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="May be repeated.")]
+
+
+@app.command()
+def ops(
+    names: Annotated[list[str] | None, typer.Argument(help="matshift, matadd … [default: all]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 1, 32, 256]")] = None,
+    quick: Quick = False,
+    as_json: Output = None,
+    against: Against = None,
+    tolerance: Tolerance = 0.05,
+    overwrite: Overwrite = False,
+) -> None:
+    """Every kernel beside its baselines and its physical floor (needs a GPU)."""
+    keep, stored = _files(as_json, against, overwrite)
+    from shiftaddvit.ops.bench import bench_ops
+
+    result = bench_ops(tuple(names or ()), tuple(batch or ((32,) if quick else (1, 32, 256))), compiled=not quick, show=typer.echo)
+    keep(result)
+    _judge(result, stored, tolerance)
+
+
+@app.command()
+def model(
+    models: Models = None,
+    recipe: Recipes = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 1, 32, 256]")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the engine: bfloat16, float16 or float32.")] = "bfloat16",
+    steps: Annotated[bool, typer.Option(help="Also time every step of the engine.")] = True,
+    quick: Quick = False,
+    as_json: Output = None,
+    against: Against = None,
+    tolerance: Tolerance = 0.05,
+    overwrite: Overwrite = False,
+) -> None:
+    """Whole models: the engine, converted and dense, beside timm's model compiled, graphed and eager (needs a GPU)."""
+    keep, stored = _files(as_json, against, overwrite)
+    from shiftaddvit.engine.bench import Plan, bench_models
+
+    plan = Plan(
+        tuple(models or ("pvt_v2_b0",)), _known(recipe, ("ours-quant-moe",)), tuple(batch or (1, 32, 256)), dtype, steps=steps,
+        minutes=4.0 if quick else 30.0,
+    )  # fmt: skip
+    _judge(bench_models(plan, show=typer.echo, keep=keep), stored, tolerance)
+
+
+@app.command()
+def train(
+    models: Models = None,
+    recipe: Recipes = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    image_size: Annotated[int, typer.Option(help="Pixels of a side.")] = 224,
+    precision: Annotated[str, typer.Option(help="no (float32), fp16 or bf16.")] = "bf16",
+    compiled: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
+    quick: Quick = False,
+    as_json: Output = None,
+    against: Against = None,
+    tolerance: Tolerance = 0.05,
+    overwrite: Overwrite = False,
+) -> None:
+    """A fine-tuning step, dense and converted: time, images a second, memory."""
+    keep, stored = _files(as_json, against, overwrite)
+    from shiftaddvit.bench import TrainPlan, bench_training
+
+    from .failures import told_when_memory_ends
+
+    chosen = ("dense", *(name for name in _known(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes) if name != "dense"))
+    plan = TrainPlan(
+        tuple(models or ("pvt_v2_b0",)), chosen, ("eager", "compiled") if compiled else ("eager",), batch_size, image_size, precision,
+        steps=15 if quick else 30, minutes=4.0 if quick else 20.0,
+    )  # fmt: skip
+    with told_when_memory_ends(batch_size):
+        result = bench_training(plan, show=typer.echo, keep=keep)
+    _judge(result, stored, tolerance)
+
+
+def _known(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
+    from shiftaddvit.reparam import recipes
+
+    for name in given or ():
+        if name != "dense" and name not in recipes:
+            raise unknown("recipe", name, [*recipes, "dense"])
+    return tuple(given or usual)
+
+
+def _files(as_json: Path | None, against: Path | None, overwrite: bool) -> tuple[Callable[[dict], None], dict | None]:
+    """What keeps a result, and the stored one; both looked at before anything is measured."""
+    from shiftaddvit.files import write_json
+
+    refuse_existing(as_json, overwrite)
+    stored = None
+    if against is not None:
+        try:
+            stored = json.loads(against.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{against} is no benchmark result: {error}") from None
+    return (partial(write_json, as_json) if as_json else lambda result: None), stored
+
+
+def _judge(result: dict, stored: dict | None, tolerance: float) -> None:
+    from shiftaddvit.bench import regressions
+
+    wrong = [row for row in result["rows"] if str(row.get("status", "")).startswith("wrong") or row.get("error", 0.0) > 0 and "median_us" not in row]
+    slower = regressions(result, stored, tolerance) if stored is not None else []
+    for found in slower:
+        typer.echo(f"slower than stored: {found}", err=True)
+    if stored is not None and not slower:
+        typer.echo(f"nothing is slower than stored by more than {tolerance:.0%} and its spread")
+    if wrong or slower:
+        typer.echo(f"{len(wrong)} wrong, {len(slower)} slower", err=True)
+        raise typer.Exit(SLOWER_OR_WRONG)
