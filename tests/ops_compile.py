@@ -220,6 +220,16 @@ def softmax_attention():
         yield f"softmax_attention {tokens}x{c}", lambda q=q, k=k, v=v, h=heads: kernels.softmax_attention(q, k, v, h)
 
 
+def layer_norm():
+    from shiftaddvit.ops.layer_norm import triton as kernels
+
+    single = torch.float32
+    for batch, tokens, c in ((1, 196, 160), (256, 196, 160), (256, 49, 512), (256, 197, 384)):
+        x, w = meta(batch, tokens, c, dtype=torch.float16), meta(c, dtype=single)
+        for mean in (False, True):
+            yield f"layer_norm {batch}x{tokens}x{c}{' mean' if mean else ''}", lambda x=x, w=w, mean=mean: kernels.layer_norm(x, w, w, 1e-6, mean)
+
+
 OPS = {
     "matshift": matshift,
     "fused_mlp": fused_mlp,
@@ -228,6 +238,7 @@ OPS = {
     "matadd": matadd,
     "patch_embed": patch_embed,
     "softmax_attention": softmax_attention,
+    "layer_norm": layer_norm,
     "adder": adder,
 }
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
@@ -235,6 +246,7 @@ REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
     "conv_linear x2 50176x640x160", "encode x2 256x196x320", "mix x2 256x196x160", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "softmax_attention 197x192",
+    "layer_norm 256x49x512 mean",
     "adder grad 100352x64x512",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiftaddvit.layers.attention import AngularAttention, merge_heads
+from shiftaddvit.ops.layer_norm import layer_norm
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 from shiftaddvit.ops.softmax_attention import softmax_attention
 
@@ -165,7 +166,7 @@ class SoftmaxAttentionStep:
     def _queries_keys_values(self, x: Tensor, launch: Launch) -> tuple[Tensor, Tensor, Tensor]:
         width = self.proj.weight.shape[2]
         if self.reduction is not None:
-            a = self.norm.run(x)
+            a = layer_norm(x, *self.norm.pair, self.norm.eps, pdl=launch.pdl, backend=launch.backend)
             reduced = self.reduction.run(a, launch)
             return self.sources[0].run(a, launch), *self.sources[1].run(reduced, launch).split(width, dim=-1)
         parts = [part for source in self.sources for part in source.run(x, launch, self.norm).split(width, dim=-1)]

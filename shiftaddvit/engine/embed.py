@@ -7,10 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.ops.layer_norm import layer_norm
 from shiftaddvit.ops.patch_embed import flatten_weight, patch_embed
 
 from .program import About, Launch
-from .weights import Norm, Preparation, layer_norm
+from .weights import Norm, Preparation, norm_of
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ class NormStep:
     """Its parameters."""
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
-        return self.norm.run(x)
+        return layer_norm(x, *self.norm.pair, self.norm.eps, pdl=launch.pdl, backend=launch.backend)
 
     def about(self) -> About:
-        return About("layer_norm", f"…×{len(self.norm.weight)}", "-", False)
+        return About("layer_norm", f"…×{len(self.norm.weight)}", "-", True)
 
 
 def lower_embed(
@@ -98,7 +99,7 @@ def lower_embed(
         raise UserError(f"image_size is too small: {name} has {size[0]}×{size[1]} inputs and a {kernel}×{kernel} window")
     return EmbedStep(
         name, prep.matrix(flatten_weight(conv.weight.detach(), planes), conv_name), prep.vector(conv.bias), kernel, stride, padding,
-        None if planes else size, grid, layer_norm(norm, f"{name}.norm", prep), prep.vector(prefix), prep.vector(position),
+        None if planes else size, grid, norm_of(norm, f"{name}.norm", prep), prep.vector(prefix), prep.vector(position),
     )  # fmt: skip
 
 

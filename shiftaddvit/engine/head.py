@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.ops.layer_norm import layer_norm
 
 from .program import About, Launch
 from .weights import Norm, Preparation
@@ -40,11 +41,18 @@ class HeadStep:
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B K"]:
         # Only the tokens that are read are normalised.
         x = x[:, : {"token": 1, "distilled": 2}[self.pool]] if self.pool in ("token", "distilled") else x[:, self.first :]
-        x = x.float()
-        x = self.norm.run(x) if self.norm else x
-        x = self._pooled(x)
+        if self.fused:
+            x = layer_norm(x, *self.norm.pair, self.norm.eps, "mean", launch.pdl, launch.backend)
+        else:
+            x = x.float()
+            x = self._pooled(self.norm.run(x) if self.norm else x)
         x = self.pooled_norm.run(x) if self.pooled_norm else x
         return x if self.weight is None else F.linear(x, self.weight, self.bias)
+
+    @property
+    def fused(self) -> bool:
+        """Whether norm and pooling are one kernel; a class token is the mean of one."""
+        return self.norm is not None and self.pool in ("avg", "token")
 
     def _pooled(self, x: Tensor) -> Tensor:
         if self.pool == "avg":
@@ -57,7 +65,7 @@ class HeadStep:
 
     def about(self) -> About:
         ops = " + ".join([*(["layer_norm"] if self.norm or self.pooled_norm else []), self.pool, "linear"])
-        return About(ops, f"{self.outputs}", "mult", False)
+        return About(ops, f"{self.outputs}", "mult", self.fused)
 
     @property
     def outputs(self) -> int:

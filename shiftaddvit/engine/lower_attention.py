@@ -11,7 +11,7 @@ from shiftaddvit.models.pvt_v1 import Attention as PVTv1Attention
 
 from .attention import HEAD_WIDTHS, AngularStep, LinearAttentionStep, PooledStep, SoftmaxAttentionStep, bare
 from .embed import EmbedStep, lower_embed
-from .weights import Norm, Preparation, Projection, activation_of, joined, layer_norm, projection
+from .weights import Norm, Preparation, Projection, activation_of, joined, norm_of, projection
 
 AttentionStep = LinearAttentionStep | AngularStep | SoftmaxAttentionStep
 
@@ -20,7 +20,7 @@ def lower_attention(
     module: nn.Module, norm: nn.Module, name: str, norm_name: str, grid: tuple[int, int], tokens: int, prep: Preparation, scale: Tensor | None = None
 ) -> AttentionStep:
     """The step of an attention module behind its norm; `scale` is LayerScale's. UserError for attention of another form."""
-    before = layer_norm(norm, norm_name, prep)
+    before = norm_of(norm, norm_name, prep)
     if before is None:
         raise UserError(f"the engine cannot lower {name}: no LayerNorm stands before it; run the model itself")
     if type(module) in (AngularAttention, EcoformerAttention):
@@ -29,7 +29,7 @@ def lower_attention(
         return _plain(module, module.heads, before, name, tokens, prep, scale, None, None)
     if type(module) is TimmAttention:
         _refuse_extras(module, name)
-        norms = (layer_norm(module.q_norm, f"{name}.q_norm", prep), layer_norm(module.k_norm, f"{name}.k_norm", prep))
+        norms = (norm_of(module.q_norm, f"{name}.q_norm", prep), norm_of(module.k_norm, f"{name}.k_norm", prep))
         return _plain(module, module.num_heads, before, name, tokens, prep, scale, *norms)
     if type(module) in (PVTv1Attention, PVTv2Attention):
         return _reduced(module, before, name, grid, tokens, prep)

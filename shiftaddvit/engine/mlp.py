@@ -15,7 +15,7 @@ from shiftaddvit.ops.fused_mlp import conv_linear, norm_linear
 from shiftaddvit.ops.moe_linear import moe_linear
 
 from .program import About, Launch
-from .weights import Activation, Norm, Preparation, Projection, activate, activation_of, layer_norm, projection, routed
+from .weights import Activation, Norm, Preparation, Projection, activate, activation_of, norm_of, projection, routed
 
 CLOSING_NORM_WIDTH = 128
 """Outputs up to which the norm that closes a stage is taken into its last kernel: one program must then hold whole rows."""
@@ -163,7 +163,7 @@ def lower_mlp(
     module: nn.Module, norm: nn.Module, name: str, norm_name: str, grid: tuple[int, int], tokens: int, prep: Preparation, scale: Tensor | None = None
 ) -> ConvMlpStep | MlpStep | RoutedMlpStep:
     """The step of an MLP behind its norm; `scale` is LayerScale's. UserError for an MLP of another form."""
-    before = layer_norm(norm, norm_name, prep)
+    before = norm_of(norm, norm_name, prep)
     if before is None:
         raise UserError(f"the engine cannot lower {name}: no LayerNorm stands before it; run the model itself")
     if type(module) is MlpWithDepthwiseConv:
@@ -177,7 +177,7 @@ def lower_mlp(
     if type(module) is Mlp:
         return MlpStep(
             name, tokens, before, projection(module.fc1, f"{name}.fc1", prep), activation_of(module.act, f"{name}.act"),
-            layer_norm(module.norm, f"{name}.norm", prep), projection(module.fc2, f"{name}.fc2", prep, scale),
+            norm_of(module.norm, f"{name}.norm", prep), projection(module.fc2, f"{name}.fc2", prep, scale),
         )  # fmt: skip
     if isinstance(module, MoEMlp):
         if not module.enabled:

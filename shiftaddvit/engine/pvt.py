@@ -13,7 +13,7 @@ from .head import lower_head
 from .lower_attention import lower_attention
 from .mlp import lower_mlp, with_closing_norm
 from .program import Step
-from .weights import Preparation, layer_norm
+from .weights import Preparation, norm_of
 
 
 def lower_pvt_v2(model: PyramidVisionTransformerV2, image_size: tuple[int, int], prep: Preparation) -> list[Step]:
@@ -26,7 +26,7 @@ def lower_pvt_v2(model: PyramidVisionTransformerV2, image_size: tuple[int, int],
             embed = lower_embed(stage.downsample.proj, stage.downsample.norm, f"{name}.downsample", embed.grid, False, prep)
             steps.append(embed)
         steps += _blocks(stage.blocks, PVTv2Block, f"{name}.blocks", embed.grid, 0, prep)
-        norm = layer_norm(stage.norm, f"{name}.norm", prep)
+        norm = norm_of(stage.norm, f"{name}.norm", prep)
         if number + 1 == len(model.stages):
             continue
         closed = with_closing_norm(steps[-1], norm)
@@ -52,7 +52,7 @@ def lower_pvt_v1(model: PyramidVisionTransformer, image_size: tuple[int, int], p
         )  # fmt: skip
         steps += _blocks(getattr(model, f"block{number}"), PVTv1Block, f"block{number}", grid, int(last), prep)
         size = grid
-    return [*steps, lower_head(model.head, "head", layer_norm(model.norm, "norm", prep), model.global_pool, 1, model.num_features, prep)]
+    return [*steps, lower_head(model.head, "head", norm_of(model.norm, "norm", prep), model.global_pool, 1, model.num_features, prep)]
 
 
 def _blocks(blocks: nn.ModuleList, kind: type, name: str, grid: tuple[int, int], prefix: int, prep: Preparation) -> list[Step]:

@@ -13,7 +13,7 @@ from .head import lower_head
 from .lower_attention import lower_attention
 from .mlp import lower_mlp
 from .program import Step
-from .weights import Preparation, layer_norm
+from .weights import Preparation, norm_of
 
 
 def lower_vit(model: VisionTransformer, image_size: tuple[int, int], prep: Preparation) -> list[Step]:
@@ -23,7 +23,7 @@ def lower_vit(model: VisionTransformer, image_size: tuple[int, int], prep: Prepa
         raise UserError(f"the engine cannot lower attn_pool (global_pool = {model.global_pool!r}): allowed: avg, avgmax, max, token")
     embed = _embed(model, image_size, prep)
     steps: list[Step] = [embed]
-    before = layer_norm(model.norm_pre, "norm_pre", prep)
+    before = norm_of(model.norm_pre, "norm_pre", prep)
     if before is not None:
         steps.append(NormStep("norm_pre", before))
     tokens = embed.grid[0] * embed.grid[1] + model.num_prefix_tokens
@@ -36,8 +36,8 @@ def lower_vit(model: VisionTransformer, image_size: tuple[int, int], prep: Prepa
         steps.append(lower_mlp(block.mlp, block.norm2, f"{name}.mlp", f"{name}.norm2", embed.grid, tokens, prep, second))
     first = 0 if model.pool_include_prefix else model.num_prefix_tokens
     head = lower_head(
-        model.head, "head", layer_norm(model.norm, "norm", prep), "distilled" if distilled else model.global_pool, first,
-        model.embed_dim, prep, layer_norm(model.fc_norm, "fc_norm", prep), model.head_dist if distilled else None,
+        model.head, "head", norm_of(model.norm, "norm", prep), "distilled" if distilled else model.global_pool, first,
+        model.embed_dim, prep, norm_of(model.fc_norm, "fc_norm", prep), model.head_dist if distilled else None,
     )  # fmt: skip
     return [*steps, head]
 

@@ -210,7 +210,7 @@ def _matrix(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool, 
     return weight, fixed_point(bias) if rounds and bias is not None else bias, rounds, "shift"
 
 
-def layer_norm(module: nn.Module | None, name: str, prep: Preparation) -> Norm | None:
+def norm_of(module: nn.Module | None, name: str, prep: Preparation) -> Norm | None:
     """A norm's parameters; None for no norm. UserError for anything but LayerNorm over channels."""
     if module is None or isinstance(module, nn.Identity):
         return None

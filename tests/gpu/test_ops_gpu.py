@@ -11,6 +11,7 @@ from ops_checks import error, poisoned_outputs, random_codes
 
 from shiftaddvit.ops.adder import adder_linear
 from shiftaddvit.ops.fused_mlp import conv_linear, norm_linear
+from shiftaddvit.ops.layer_norm import layer_norm
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 from shiftaddvit.ops.matadd import key_value, pack_codes, query_context
 from shiftaddvit.ops.matshift import formats, matshift, matshift_int8
@@ -277,3 +278,14 @@ def test_ops_compile_with_inductor():
         return torch.relu(routed_linear(x * 2, router, weight)[0]) + 1
 
     assert error(torch.compile(block, fullgraph=True)(x), block(x)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", ["none", "mean"])
+@pytest.mark.parametrize(("batch", "tokens", "width"), [(1, 1, 32), (2, 49, 256), (3, 197, 384), (2, 3136, 64), (5, 63, 1000)])
+def test_layer_norm(batch, tokens, width, pool, dtype):
+    x, weight, bias = normal(batch, tokens, width, dtype=dtype) * 2 + 1, normal(width) + 1, normal(width)
+    with poisoned_outputs():
+        y = layer_norm(x, weight, bias, 1e-6, pool)
+    exact = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-6)
+    assert error(y, exact.mean(1) if pool == "mean" else exact) < (5e-6 if pool == "mean" else TOLERANCE[dtype])
