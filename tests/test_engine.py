@@ -282,6 +282,7 @@ def test_what_cannot_be_lowered_is_refused_by_name(make, message: str):
         (dict(image_size=-1), "image_size"),
         (dict(image_size=65), "image_size=|image_size must"),
         (dict(pdl=True), "pdl"),
+        (dict(tune_seconds=-1.0), "tune_seconds"),
     ),
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str):

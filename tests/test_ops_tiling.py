@@ -9,7 +9,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.ops import tiling
 from shiftaddvit.ops.backends import choose_backend
 from shiftaddvit.ops.tiling import Tile
-from shiftaddvit.ops.tune import neighbours
+from shiftaddvit.engine.tune import neighbours
 
 GPU = torch.device("cuda")
 
@@ -38,7 +38,7 @@ def test_measured_tiles_are_kept_and_read_back(big_device):
     with tiling.trial(GPU, problem, tile):
         assert tiling.tuned(GPU, problem) == tile
     assert tiling.tuned(GPU, problem) is None
-    path = tiling.save_tuned(GPU, [(problem, tile)])
+    path = tiling.save_tuned(GPU, {problem: tile})
     assert json.loads(path.read_text())[problem]["warps"] == 8
     assert tiling.tuned(GPU, problem) == tile
     assert tiling.tuned(torch.device("cpu"), problem) is None

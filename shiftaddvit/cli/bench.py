@@ -103,6 +103,39 @@ def train(
     _judge(result, stored, tolerance)
 
 
+@app.command()
+def tiles(
+    models: Models = None,
+    recipe: Recipes = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 1, 32, 256]")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels of a side.")] = 224,
+    seconds: Annotated[float, typer.Option(help="Stop after about so long for each model and recipe; what was measured is kept.")] = 240.0,
+    again: Annotated[bool, typer.Option("--again", help="Also those that have been measured on this kind of GPU.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Add to this table instead of the user's cache.")] = None,
+) -> None:
+    """Measure the tiles of the engine's kernels for these models on this GPU; `deploy` does so by itself for what is new to it."""
+    import torch
+
+    from shiftaddvit.engine.lower import lower
+    from shiftaddvit.engine.tune import best_tiles, tune
+    from shiftaddvit.ops.tiling import save_tuned
+    from shiftaddvit.reparam import recipes, reparameterize
+    from shiftaddvit.reparam.architecture import create_model
+
+    if not torch.cuda.is_available():
+        raise UserError("measuring tiles needs a CUDA device")
+    device = torch.device("cuda", torch.cuda.current_device())
+    for name in models or ("pvt_v2_b0",):
+        for key in _known(recipe, ("ours-quant-moe", "dense")):
+            network = create_model(name, {} if name.startswith("pvt_v2") else {"img_size": image_size}).eval()
+            network = network if key == "dense" else reparameterize(network, recipes[key])
+            program = lower(network, torch.bfloat16, image_size, device)
+            walks = tune(program, tuple(batch or (1, 32, 256)), seconds=seconds, measured_too=again)
+            for walk in walks:
+                typer.echo(f"{name} {key} {walk.problem:34s}{walk.start_us:9.2f} → {walk.best_us:9.2f} µs, {len(walk.seen)} tried  {walk.best}")
+            typer.echo(f"wrote {save_tuned(device, best_tiles(walks), output)}")
+
+
 def _known(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
     from shiftaddvit.reparam import recipes
 

@@ -164,7 +164,7 @@ def _measure(contender: Contender, batch: int, plan: Plan) -> dict:
 
 
 def _engine(model: nn.Module, images: Tensor, plan: Plan, batch: int):
-    engine = deploy(model, batch, getattr(torch, plan.dtype), "cuda", tuple(images.shape[2:]), pdl=plan.pdl)
+    engine = deploy(model, batch, getattr(torch, plan.dtype), "cuda", tuple(images.shape[2:]), pdl=plan.pdl, tune_seconds=0)
     return partial(engine, images), engine.replayer(batch), engine
 
 

@@ -9,6 +9,7 @@ from shiftaddvit.ops.backends import Backend, choose_backend
 from .engine import Engine
 from .lower import lower
 from .program import Launch
+from .tune import tune_once
 
 
 def deploy(
@@ -19,12 +20,14 @@ def deploy(
     image_size: int | tuple[int, int] | None = None,
     backend: Backend = "auto",
     pdl: bool = False,
+    tune_seconds: float = 120.0,
 ) -> Engine:
     """An engine with the model's weights as they are now: `engine(images) -> logits (B, classes)` in float32.
 
     `batch_size` lists the batches that become CUDA graphs on a GPU. `dtype` is bfloat16 on a GPU and float32 on a CPU; `device` the
     model's; `image_size` the one the model was made for. `backend` is that of every op. `pdl` overlaps kernel launches
-    (compute capability 9 and newer). The model keeps its own weights, mode and device. UserError names a module that cannot be lowered, or an argument.
+    (compute capability 9 and newer). Kernels whose tiles nobody has measured on this kind of GPU are tuned first, for about `tune_seconds` at
+    most, and the result is kept in the user's cache; 0 takes the tiles as they are. The model keeps its own weights, mode and device. UserError names a module that cannot be lowered, or an argument.
     """
     sizes = tuple(batch_size) if isinstance(batch_size, (tuple, list)) else (batch_size,)
     if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
@@ -37,7 +40,12 @@ def deploy(
     choose_backend(backend, torch.empty(0, device=where))
     if pdl and (where.type != "cuda" or torch.cuda.get_device_capability(where) < (9, 0)):
         raise UserError(f"pdl=True needs a GPU of compute capability 9 or newer, the engine is on {where}")
-    return Engine(lower(model, dtype, image_size, where), sizes, Launch(backend, pdl))
+    if tune_seconds < 0:
+        raise UserError(f"tune_seconds must not be negative, got {tune_seconds}")
+    program, launch = lower(model, dtype, image_size, where), Launch(backend, pdl)
+    if where.type == "cuda" and tune_seconds > 0:
+        tune_once(program, sizes, launch, tune_seconds)
+    return Engine(program, sizes, launch)
 
 
 def _device(asked: torch.device | str | None, model: nn.Module) -> torch.device:

@@ -1,8 +1,9 @@
 """Tile sizes of kernels: measured ones where the device has been tuned, otherwise a choice that fills the device."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -75,6 +76,39 @@ def tuned(device: torch.device, problem: str) -> Tile | None:
     return Tile(**entry) if entry else None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A tile that a launch used, and what else it could have used."""
+
+    tile: Tile
+    """The one in use."""
+    bounds: Mapping[str, tuple[int, int]]
+    """Fields that may change, and between which values."""
+
+
+_HEARD: ContextVar[dict[str, Choice] | None] = ContextVar("choices", default=None)
+
+
+def pick(device: torch.device, problem: str, usual: Tile, **bounds: tuple[int, int]) -> Tile:
+    """The measured tile for this problem, or else the usual one. `bounds` are for whoever measures."""
+    tile = tuned(device, problem) or usual
+    heard = _HEARD.get()
+    if heard is not None:
+        heard[problem] = Choice(tile, bounds)
+    return tile
+
+
+@contextmanager
+def listen() -> Iterator[dict[str, Choice]]:
+    """Inside, every launch's choice of a tile is noted in the dict, by problem."""
+    heard: dict[str, Choice] = {}
+    token = _HEARD.set(heard)
+    try:
+        yield heard
+    finally:
+        _HEARD.reset(token)
+
+
 @contextmanager
 def trial(device: torch.device, problem: str, tile: Tile) -> Iterator[None]:
     """Use this tile for this problem inside the block."""
@@ -90,16 +124,10 @@ def trial(device: torch.device, problem: str, tile: Tile) -> Iterator[None]:
             table[problem] = before
 
 
-def as_table(tiles: Iterable[tuple[str, Tile]]) -> dict[str, dict[str, int]]:
-    """What a file of tuned tiles holds."""
-    return {problem: asdict(tile) for problem, tile in tiles}
-
-
-def save_tuned(device: torch.device, tiles: Iterable[tuple[str, Tile]]) -> Path:
-    """Add measured tiles to this device's table in the user's cache; returns the file."""
-    name = torch.cuda.get_device_name(device)
-    path = cache_folder() / f"{_slug(name)}.json"
-    write_json(path, _read(path) | as_table(tiles))
+def save_tuned(device: torch.device, tiles: Mapping[str, Tile], path: Path | None = None) -> Path:
+    """Add measured tiles to a file, by default this device's table in the user's cache; returns the file."""
+    path = path or cache_folder() / f"{_slug(torch.cuda.get_device_name(device))}.json"
+    write_json(path, _read(path) | {problem: asdict(tile) for problem, tile in tiles.items()})
     _table.cache_clear()
     return path
 

@@ -15,6 +15,7 @@ import shiftaddvit as sav
 from shiftaddvit.engine import deploy, lower
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import BinaryConfig
+from shiftaddvit.ops import tiling
 from shiftaddvit.reparam import Recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -28,7 +29,7 @@ def exact_float32():
 
 
 def engine_of(model, **more):
-    return deploy(model, device="cuda", image_size=SIZE, **more)
+    return deploy(model, device="cuda", image_size=SIZE, **({"tune_seconds": 0} | more))
 
 
 @torch.no_grad()
@@ -169,3 +170,16 @@ def test_bfloat16_engine_agrees_on_the_class():
     top = exact.topk(2, dim=1).values
     clear = (top[:, 0] - top[:, 1]) > 0.05 * exact.abs().amax(1)
     assert clear.sum() > 50 and (y.argmax(1) == exact.argmax(1))[clear].float().mean() >= 0.999
+
+
+def test_an_unknown_kind_of_gpu_is_tuned_once_and_stays_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiling, "cache_folder", lambda: tmp_path)
+    tiling._table.cache_clear()
+    model, x = converted("pvt_v2", "ours-quant-moe").cuda(), images(2).cuda()
+    engine = engine_of(model, batch_size=2, dtype=torch.float16, tune_seconds=20)
+    (table,) = tmp_path.glob("*.json")
+    assert "conv_linear2" in table.read_text()
+    before = table.read_text()
+    assert torch.equal(engine(x), engine_of(model, batch_size=2, dtype=torch.float16, tune_seconds=20)(x))
+    assert table.read_text() == before
+    tiling._table.cache_clear()

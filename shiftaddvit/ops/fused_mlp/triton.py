@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import interpreting
-from ..tiling import Tile, fill, key, next_power, processors, tuned
+from ..tiling import Tile, fill, key, next_power, pick, processors
 from .conv_linear_kernels import conv_linear_kernel
 from .norm_linear_kernels import norm_linear_kernel, wide_norm_linear_kernel
 
@@ -17,13 +17,12 @@ _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float3
 
 def norm_tile(m: int, n: int, k: int, experts: int, device: torch.device) -> Tile:
     """For `norm_linear`; `k` ≥ the row where the whole row is kept."""
-    found = tuned(device, key(f"norm_linear{experts}", m, n, k))
-    if found:
-        return found
     whole = k <= WHOLE_ROWS
     start = Tile(m=64 if experts == 2 or k > 128 else 128, n=min(128, next_power(n)), k=next_power(k, 16) if whole else 64)
     tile = fill(start, m, n, device)
-    return Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n * experts >= 128 * 128 else 4, 1 if whole else 3)
+    usual = Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n * experts >= 128 * 128 else 4, 1 if whole else 3)
+    bounds = {"m": (16, 128), "n": (32, min(256, next_power(n))), "warps": (4, 8), "stages": (1, 4)} | ({} if whole else {"k": (32, 128)})
+    return pick(device, key(f"norm_linear{experts}", m, n, k), usual, **bounds)
 
 
 def norm_linear(
@@ -58,18 +57,18 @@ def norm_linear(
 
 def conv_tile(m: int, n: int, k: int, experts: int, whole_output: bool, device: torch.device) -> Tile:
     """For `conv_linear`. Rows are convolved again for every output tile, so one tile covers all outputs where programs suffice."""
-    found = tuned(device, key(f"conv_linear{experts}{'n' if whole_output else ''}", m, n, k))
-    if found:
-        return found
-    widest = next_power(n)
+    problem, widest = key(f"conv_linear{experts}{'n' if whole_output else ''}", m, n, k), next_power(n)
+    bounds = {"m": (16, 128), "k": (32, min(512, next_power(k))), "warps": (4, 8), "stages": (1, 4)}
     if whole_output:
-        return Tile(32 if widest * experts <= 256 else 16, widest, 32, 8, 1)
+        return pick(device, problem, Tile(32 if widest * experts <= 256 else 16, widest, 32, 8, 1), **bounds)
     tile = fill(Tile(m=64, n=min(widest, 128), k=32), m, n, device)
     if tile.m <= 32 and -(-m // tile.m) * -(-n // tile.n) < 2 * processors(device):
         # Few programs wait for memory: take more channels at a time and prefetch. Many are bound by instructions.
-        return Tile(tile.m, tile.n, min(64, next_power(k)), 4, 2)
-    # Two experts of 64 columns and more need the registers of eight warps.
-    return Tile(tile.m, tile.n, 32, 8 if tile.n * experts > 64 else 4, 1)
+        usual = Tile(tile.m, tile.n, min(64, next_power(k)), 4, 2)
+    else:
+        # Two experts of 64 columns and more need the registers of eight warps.
+        usual = Tile(tile.m, tile.n, 32, 8 if tile.n * experts > 64 else 4, 1)
+    return pick(device, problem, usual, n=(32, min(256, widest)), **bounds)
 
 
 def conv_linear(

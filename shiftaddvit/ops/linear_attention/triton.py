@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..tiling import Tile, fill, key, next_power, processors, tuned
+from ..tiling import Tile, fill, key, next_power, pick, processors
 from .kernels import encode_kernel, mix_kernel
 
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -14,26 +14,25 @@ _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float3
 
 def encode_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
     """Tokens of a tile and channels of a step; `n` is not used."""
-    found = tuned(device, key(f"encode{experts}", batch, tokens, width, d))
-    if found:
-        return found
     rows = 64 if tokens > 32 else next_power(tokens)
     if width <= 64 and (d <= 32 or experts == 1):
-        return Tile(rows, 16, next_power(width), 4 if d <= 32 else 8, 2)
-    return Tile(rows, 16, 64 if d <= 32 and experts == 1 else 32, 8)
+        usual = Tile(rows, 16, next_power(width), 4 if d <= 32 else 8, 2)
+    else:
+        usual = Tile(rows, 16, 64 if d <= 32 and experts == 1 else 32, 8)
+    bounds = {"m": (16, 128), "k": (32, min(128, next_power(width))), "warps": (4, 8), "stages": (1, 4)}
+    return pick(device, key(f"encode{experts}", batch, tokens, width, d), usual, **bounds)
 
 
 def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
     """`k` is how many parts of the context are summed at once."""
-    found = tuned(device, key(f"mix{experts}", batch, tokens, width, d))
-    if found:
-        return found
     # Heads of 64 and more need registers for their context: half the rows.
     rows = 64 if d <= 32 else 32
     start = Tile(min(rows, next_power(tokens)), min(128, next_power(width)), 1)
     tile = fill(start, batch * tokens, width, device)
     warps = 4 if tile.n == 32 and tile.m > 16 and d <= 32 else 8
-    return Tile(tile.m, tile.n, max(1, min(16, 4096 // (d * d))), warps)
+    usual = Tile(tile.m, tile.n, max(1, min(16, 4096 // (d * d))), warps)
+    bounds = {"m": (16, 128), "n": (32, min(256, next_power(width))), "k": (1, 16), "warps": (4, 8)}
+    return pick(device, key(f"mix{experts}", batch, tokens, width, d), usual, **bounds)
 
 
 def encode(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import interpreting
 from ..tiles import gelu, store_int8, wait_for_inputs
-from ..tiling import Tile, fill, key, next_power, tuned
+from ..tiling import Tile, fill, key, next_power, pick
 
 
 @triton.jit
@@ -135,12 +135,11 @@ def matshift_int8_kernel(
 
 def pick_tile(name: str, m: int, n: int, k: int, device: torch.device, widest_k: int = 64) -> Tile:
     """Measured tile, or 128 × 128 shrunk until the device is full."""
-    found = tuned(device, key(name, m, n, k))
-    if found:
-        return found
     start = Tile(m=128, n=min(128, next_power(n)), k=min(widest_k, next_power(k, 32)))
     tile = fill(start, m, n, device)
-    return Tile(tile.m, tile.n, tile.k, tile.warps, 1 if k <= tile.k else 3)
+    usual = Tile(tile.m, tile.n, tile.k, tile.warps, 1 if k <= tile.k else 3)
+    bounds = {"m": (16, 128), "n": (32, min(256, next_power(n))), "k": (32, 128), "warps": (4, 8), "stages": (1, 4)}
+    return pick(device, key(name, m, n, k), usual, **bounds)
 
 
 def matshift(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int, activation: str) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..tiling import Tile, fill, key, next_power, tuned
+from ..tiling import Tile, fill, key, next_power, pick
 from .kernels import dual_kernel, order_kernel, partition_kernel
 
 WINDOW = 512
@@ -28,12 +28,11 @@ def order_rows(x: Tensor, index: Tensor | None, router: Tensor | None) -> tuple[
 
 def pick_tile(name: str, m: int, n: int, k: int, device: torch.device) -> Tile:
     """The dual kernel holds two accumulators, so its tiles are half as wide."""
-    found = tuned(device, key(name, m, n, k))
-    if found:
-        return found
     start = Tile(64 if name == "moe_partition" else 128, min(64 if name == "moe_dual" else 128, next_power(n)), min(64, next_power(k)))
     tile = fill(start, m, n, device)
-    return Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n >= 128 * 64 else 4, 1 if k <= tile.k else 3)
+    usual = Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n >= 128 * 64 else 4, 1 if k <= tile.k else 3)
+    bounds = {"m": (16, 128), "n": (32, min(256, next_power(n))), "k": (32, 128), "warps": (4, 8), "stages": (1, 4)}
+    return pick(device, key(name, m, n, k), usual, **bounds)
 
 
 def dual(x: Tensor, index: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import normalised_rows, wait_for_inputs
-from ..tiling import Tile, fill, key, next_power, tuned
+from ..tiling import Tile, fill, key, next_power, pick
 
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -75,18 +75,21 @@ def patch_embed_kernel(
         tl.store(out + (start + p)[:, None] * N + n[None, :], value, mask=inside & (patch == 0)[:, None])
 
 
+def channel_step(planes: bool, channels: int) -> int:
+    """How many input values of a patch are taken at a time."""
+    return 64 if planes else min(64, next_power(channels))
+
+
 def pick_tile(m: int, n: int, k: int, step: int, norm: bool, device: torch.device) -> Tile:
     """`step`: channels that can be taken at a time."""
-    found = tuned(device, key(f"patch_embed{'n' if norm else ''}", m, n, k))
-    if found:
-        return found
-    widest = next_power(n)
+    problem, widest = key(f"patch_embed{'n' if norm else ''}", m, n, k), next_power(n)
+    bounds = {"m": (16, 128), "k": (16, step), "warps": (4, 8), "stages": (1, 5)}
     if norm:
         # LayerNorm needs every output of a token in one tile.
         rows = 64 if widest <= 64 and m >= 64 * 264 else 32 if widest <= 256 and m >= 32 * 132 else 16
-        return Tile(rows, widest, step, 8 if widest >= 256 or rows == 64 else 4, 2)
+        return pick(device, problem, Tile(rows, widest, step, 8 if widest >= 256 or rows == 64 else 4, 2), **bounds)
     tile = fill(Tile(64, min(128, widest), step), m, n, device)
-    return Tile(tile.m, tile.n, step, tile.warps, 2)
+    return pick(device, problem, Tile(tile.m, tile.n, step, tile.warps, 2), n=(32, min(256, widest)), **bounds)
 
 
 def patch_embed(
@@ -102,7 +105,7 @@ def patch_embed(
     if out.numel() == 0:
         return out
     m = batch * out_h * out_w
-    step = 64 if planes else min(64, next_power(channels))
+    step = channel_step(planes, channels)
     tile = pick_tile(m, n, weight.shape[1], step, norm_weight is not None, x.device)
     flags = {"launch_pdl": True} if pdl else {}
     patch_embed_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
