@@ -33,6 +33,13 @@ class Coverage(str, Enum):
     full = "full"
 
 
+class Fusion(str, Enum):
+    """What happens on the way between layers."""
+
+    rows = "rows"
+    none = "none"
+
+
 class Over(str, Enum):
     """What a sweep varies."""
 
@@ -53,22 +60,25 @@ def energy(
     image_size: Annotated[str | None, typer.Option(help="Pixels of a side, or HEIGHTxWIDTH. [default: the model's own]")] = None,
     batch: Annotated[int, typer.Option(help="Images in the batch; energies are of the whole batch.")] = 1,
     units: Annotated[str, typer.Option(help="Unit energies in mode eyeriss: 45nm, 45nm-float, 65nm, eyeriss-normalised, or a TOML file.")] = "45nm",
+    fusion: Annotated[Fusion, typer.Option(help="Mode eyeriss. rows: norms, softmax, routers happen as rows pass through the buffer. none: each reads and writes DRAM.")] = Fusion.rows,
     activation_bits: Annotated[int, typer.Option(help="Mode eyeriss: bits of an activation.")] = 16,
     weight_bits: Annotated[int, typer.Option(help="Mode eyeriss: bits of a multiplication's weight.")] = 16,
+    shift_bits: Annotated[int | None, typer.Option(help="Mode eyeriss: bits of a shift weight. [default: what each layer has, 5 or 4]")] = None,
     word_bits: Annotated[int, typer.Option(help="Mode paper: bits of every operand but a shift's, 32 or 8.")] = 32,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out modules whose name matches this glob; may be repeated.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of images to measure the routing of a saved model on.")] = None,
-    max_images: Annotated[int, typer.Option(help="Measure on the first so many images of the folder.")] = 64,
+    max_images: Annotated[int, typer.Option(min=1, help="Measure on the first so many images of the folder.")] = 64,
     compare: Annotated[str | None, typer.Option(help="Recipes to set side by side, separated by commas; msa, pvt and ecoformer are always there.")] = None,
-    baseline: Annotated[str, typer.Option(help="Recipe that savings refer to.")] = "msa",
+    baseline: Annotated[str | None, typer.Option(help="With --compare: recipe that savings refer to. [default: msa]")] = None,
     sweep: Annotated[Over | None, typer.Option(help="Vary one setting.")] = None,
-    values: Annotated[str | None, typer.Option(help="Values of the sweep, separated by commas.")] = None,
+    values: Annotated[str | None, typer.Option(help="With --sweep: its values, separated by commas.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every operation with its tiling.")] = False,
     figure: Annotated[Path | None, typer.Option(help="Write a stacked bar (or the sweep's curve) as .svg and .png.")] = None,
     as_json: Annotated[str | None, typer.Option("--json", help="Write everything as JSON to a file, or to the output for '-'.")] = None,
 ) -> None:  # fmt: skip
     """Energy of one forward: by layer and level, compared between recipes, or over a range of a setting."""
     from shiftaddvit.cost import BitWidths, Settings, load_units
+    from shiftaddvit.cost.figures import check_figure_path
 
     if model == "units":
         _show_units(as_json)
@@ -79,8 +89,16 @@ def energy(
         raise UserError("--compare, --sweep and --images exclude one another: give one")
     if images is not None and shift_share is not None:
         raise UserError("--images measures the shift share: leave out --shift-share")
+    if baseline is not None and compare is None:
+        raise UserError("--baseline belongs to --compare: name the recipes to set beside it")
+    if values is not None and sweep is None:
+        raise UserError("--values belongs to --sweep: say what to vary")
+    if layers and (compare is not None or sweep is not None):
+        raise UserError("--layers shows one recipe: leave out --compare and --sweep")
+    if figure is not None:
+        check_figure_path(figure)
     settings = Settings(mode.value, coverage.value, add_index_bug is not False, stage4_matmuls, word_bits,
-                        BitWidths(activation_bits, weight_bits), load_units(units), tuple(exclude or ()))  # fmt: skip
+                        BitWidths(activation_bits, weight_bits, shift_bits), load_units(units), fusion.value, tuple(exclude or ()))  # fmt: skip
     size = parse_size(image_size)
     if model.endswith(".safetensors"):
         if compare is not None or sweep is not None or recipe != "dense":
@@ -90,7 +108,7 @@ def energy(
         return
     if images is not None:
         raise UserError("--images needs weights: give a .safetensors file that shiftaddvit saved as MODEL")
-    _named(model, recipe, settings, shift_share, size, batch, compare, baseline, sweep, values, layers, figure, as_json)
+    _named(model, recipe, settings, shift_share, size, batch, compare, baseline or "msa", sweep, values, layers, figure, as_json)
 
 
 def _named(model: str, recipe: str, settings: "Settings", shift_share: float | None, size: tuple[int, int] | None, batch: int,
@@ -177,7 +195,13 @@ def _images(form: "ImageForm", folder: Path, limit: int) -> "list[Tensor]":
     if not paths:
         raise UserError(f"--images {str(folder)!r} has no .jpg, .png or .webp files")
     transform = create_transform((3, *form.size), mean=form.mean, std=form.std, crop_pct=form.crop_pct)
-    return [transform(Image.open(path).convert("RGB")).unsqueeze(0) for path in paths]
+    found = []
+    for path in paths:
+        try:
+            found.append(transform(Image.open(path).convert("RGB")).unsqueeze(0))
+        except OSError as error:
+            raise UserError(f"{path} is not an image that can be read: {error}") from None
+    return found
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

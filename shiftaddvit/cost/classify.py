@@ -57,6 +57,8 @@ def operator(name: str, module: str, leaf: bool, args: tuple, results: Sequence[
     if name in streams.FREE:
         return []
     name = name.removesuffix("_") if not name.startswith("_") else name
+    if name in streams.FREE:
+        return []
     out = results[0]
     if name in _NESTS:
         return _NESTS[name](module, leaf, args, out)
@@ -71,7 +73,8 @@ def _stream(name: str, module: str, args: tuple, results: Sequence[Tensor]) -> l
     read, written = _count(live[0]), _count(results[0])
     if name in streams.BINARY:
         function = streams.BINARY[name]
-        sizes = sorted(_count(x) for x in tensors if x.dim() > 0)
+        operands = {getattr(x, "origin", x): _count(x) for x in tensors if x.dim() > 0}  # one that came from another is not read again
+        sizes = sorted(operands.values())
         if len(sizes) < 2:
             return [Stream(module, "pointwise", function, 0, 0, written)]
         return [Stream(module, "elementwise", function, sum(sizes[:-1]), 0, written)]
@@ -80,16 +83,33 @@ def _stream(name: str, module: str, args: tuple, results: Sequence[Tensor]) -> l
     if name in streams.BATCH_NORMS:
         return [Stream(module, "pointwise", "batch_norm", 0, 0, written)]
     if name in streams.NORMS:
-        return [Stream(module, "norm", streams.NORMS[name], read, written, read)]
+        return [Stream(module, "norm", streams.NORMS[name], read, written, read, _rows(name, args))]
     if name in streams.SOFTMAX:
-        return [Stream(module, "softmax", "softmax", read, written, read)]
+        return [Stream(module, "softmax", "softmax", read, written, read, _rows(name, args))]
     if name in streams.REDUCTIONS:
-        return [Stream(module, "reduction", streams.REDUCTIONS[name], read, sum(map(_count, results)), read)]
+        return [Stream(module, "reduction", streams.REDUCTIONS[name], read, sum(map(_count, results)), read, _rows(name, args))]
     if name in streams.MOVES:
         return [Stream(module, "move", "move", written, written, written)]
     if name in streams.INTERPOLATIONS:
         return [Stream(module, "move", "interpolate", read, written, written)]
     return None
+
+
+def _rows(name: str, args: tuple) -> int:
+    """How many rows a norm, softmax or reduction works on if it runs along the last dimension alone; 0 if it does not."""
+    x = args[0]
+    if name in streams.NORMS:
+        along = range(x.dim() - len(args[1]), x.dim()) if streams.NORMS[name] != "group_norm" else ()
+    elif streams.REDUCTIONS.get(name) == "pool":
+        along = ()
+    elif name in ("topk", "sort"):
+        given = args[2:3] if name == "topk" else args[1:2]
+        along = given or (-1,)
+    else:  # a list of dimensions wherever it stands, or one dimension beside the tensor
+        along = next((a for a in args[1:] if isinstance(a, (list, tuple))), args[1:2])
+    if not all(isinstance(d, int) and not isinstance(d, bool) for d in along) or {d % max(x.dim(), 1) for d in along} != {x.dim() - 1}:
+        return 0
+    return _count(x) // int(x.shape[-1])
 
 
 def _linear(module: str, leaf: bool, args: tuple, _out: Tensor) -> list[Operation]:
@@ -126,7 +146,7 @@ def _attention(module: str, args: tuple) -> list[Operation]:
     scores = groups * rows * tokens
     return [
         Nest(module, "product", "mult", groups, rows, width, tokens, leaf=False),
-        Stream(module, "softmax", "softmax", scores, scores, scores),
+        Stream(module, "softmax", "softmax", scores, scores, scores, groups * rows),
         Nest(module, "product", "mult", groups, rows, tokens, out, leaf=False),
     ]
 

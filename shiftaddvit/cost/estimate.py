@@ -17,7 +17,7 @@ from .eyeriss import BitWidths
 from .operations import Nest, Operation, Stream, Trace, Uncosted
 from .published import AttentionSites, published_operations
 from .result import Energy, LayerEnergy
-from .settings import Coverage, Mode, Settings
+from .settings import Coverage, Fusion, Mode, Settings
 from .subjects import Subject, check_sizes, model_subject, named_subject
 from .units import Units, load_units
 
@@ -37,6 +37,7 @@ def energy(
     units: Units | str = "45nm",
     bits: BitWidths = BitWidths(),
     word_bits: int = 32,
+    fusion: Fusion = "rows",
     exclude: Sequence[str] = (),
 ) -> Energy:
     """Energy of one forward on an analytical model of the Eyeriss accelerator (never a measurement).
@@ -47,7 +48,7 @@ def energy(
     sizes that the network cannot run on, and in mode `paper` for an operation that has no mapping (`NoMapping`).
     """
     settings = Settings(mode, coverage, add_index_bug, stage4_matmuls, word_bits, bits,
-                        load_units(units) if isinstance(units, str) else units, tuple(exclude))  # fmt: skip
+                        load_units(units) if isinstance(units, str) else units, fusion, tuple(exclude))  # fmt: skip
     if isinstance(model, str):
         if images is not None:
             raise UserError("routing is measured on a network with weights: give the model itself, not its name")
@@ -219,9 +220,21 @@ def _eyeriss(operation: Operation, shares: Shares, settings: Settings) -> LayerE
 
 def _cells(operation: Operation, settings: Settings) -> Mapping[tuple[str, str], float]:
     """pJ by (level, operand) when it sees every token, in mode `eyeriss`."""
+    fused = settings.fusion == "rows"
     if isinstance(operation, Stream):
-        return eyeriss.stream_cells(operation, settings.units, settings.bits)
-    return eyeriss.map_nest(operation, settings.units, settings.bits).cells
+        cells = eyeriss.stream_cells(operation, settings.units, settings.bits, fused)
+    else:
+        cells = eyeriss.map_nest(operation, settings.units, settings.bits).cells
+    on_chip = _on_chip(operation) if fused else ()
+    return {(level, operand): pj for (level, operand), pj in cells.items() if level != "dram" or operand not in on_chip} if on_chip else cells
+
+
+def _on_chip(operation: Operation) -> tuple[str, ...]:
+    """Operands that the buffer holds already, or keeps, where rows are worked on as they pass through it."""
+    if _role(operation) == "router":
+        return ("input", "output")  # the token, there for its expert, and the choice of the expert
+    scores = operation.scores if isinstance(operation, Nest) else ""
+    return {"": (), "written": ("output",), "read": ("input",)}[scores]
 
 
 def _role(operation: Operation) -> str:

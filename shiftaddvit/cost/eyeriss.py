@@ -81,14 +81,17 @@ def _problem(nest: Nest, units: Units, bits: BitWidths) -> Problem:
     return Problem(loops, nest.stride, nest.primitive, operand_bits(nest, bits), units)
 
 
-def stream_cells(stream: Stream, units: Units, bits: BitWidths) -> dict[tuple[str, str], float]:
-    """pJ by (level, operand) of elements that pass by once; see `Stream.kind` for what is read and written."""
-    width = bits.activation
-    words_in, words_out, words = (count * width / 16 for count in (stream.reads, stream.writes, stream.elements))
+def stream_cells(stream: Stream, units: Units, bits: BitWidths, fused: bool = True) -> dict[tuple[str, str], float]:
+    """pJ by (level, operand) of elements that pass by once; see `Stream.kind` for what is read and written. `fused`: what takes one row
+    at a time happens as the row passes through the buffer, and tokens are dispatched by their index."""
+    width, counts = bits.activation, (stream.reads, stream.writes, stream.elements)
+    if fused and stream.kind == "dispatch":
+        width, counts = 16, (stream.rows,) * 3
+    words_in, words_out, words = (count * width / 16 for count in counts)
     cells = {("rf", "input"): units.access("rf") * words, ("rf", "output"): units.access("rf") * words}
     if stream.kind != "pointwise":
         # Dispatched tokens stay on the chip: an expert reads its tokens by index.
-        for level in ("buffer", "noc") if stream.kind == "dispatch" else ("dram", "buffer", "noc"):
+        for level in ("buffer", "noc") if stream.kind == "dispatch" or (fused and stream.rows) else ("dram", "buffer", "noc"):
             cells[level, "input"] = units.access(level) * words_in
             cells[level, "output"] = units.access(level) * words_out
     if stream.kind in ("norm", "softmax"):

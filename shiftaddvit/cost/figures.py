@@ -10,6 +10,7 @@ from shiftaddvit.files import atomic_write
 from .result import LEVELS, Energy
 from .whatif import Sweep
 
+FORMATS = (".svg", ".png")
 _LEVEL_NAMES = {"dram": "DRAM", "buffer": "global buffer", "noc": "network on chip", "rf": "register files", "compute": "arithmetic"}
 _LEVEL_COLOURS = ("#33567f", "#5b8db8", "#9cc3d5", "#e3b04b", "#c8553d")
 _KIND_COLOURS = {
@@ -50,9 +51,11 @@ def curve_figure(sweep: Sweep, path: str | Path) -> list[Path]:
     plt = _matplotlib()
     unit, factor = _unit(max(energy.total_mj for energy in sweep.energies))
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    layers = [[energy.by_level()[level] * factor for energy in sweep.energies] for level in LEVELS]
-    axis.stackplot(sweep.values, layers, labels=[_LEVEL_NAMES[level] for level in LEVELS], colors=_LEVEL_COLOURS)
-    axis.plot(sweep.values, [energy.total_mj * factor for energy in sweep.energies], color="black", marker="o", markersize=3, linewidth=1)
+    order = sorted(range(len(sweep.values)), key=sweep.values.__getitem__)
+    values, energies = [sweep.values[i] for i in order], [sweep.energies[i] for i in order]
+    layers = [[energy.by_level()[level] * factor for energy in energies] for level in LEVELS]
+    axis.stackplot(values, layers, labels=[_LEVEL_NAMES[level] for level in LEVELS], colors=_LEVEL_COLOURS)
+    axis.plot(values, [energy.total_mj * factor for energy in energies], color="black", marker="o", markersize=3, linewidth=1)
     axis.set_xlabel(sweep.over.replace("-", " "))
     axis.set_ylabel(f"energy [{unit}]")
     axis.set_ylim(bottom=0)
@@ -61,6 +64,12 @@ def curve_figure(sweep: Sweep, path: str | Path) -> list[Path]:
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _save(figure, plt, path, tight=True)
+
+
+def check_figure_path(path: str | Path) -> None:
+    """UserError for a path that asks for another format."""
+    if Path(path).suffix.lower() not in ("", *FORMATS):
+        raise UserError(f"a figure is written as .svg and .png: name it without a suffix or with one of these, got {str(path)!r}")
 
 
 def _stack(axis, names: list[str], parts: Mapping[str, Mapping[str, float]], order: Mapping[str, str], factor: float) -> None:
@@ -93,7 +102,7 @@ def _unit(largest_mj: float) -> tuple[str, float]:
 
 def _save(figure, plt: ModuleType, path: str | Path, tight: bool = False) -> list[Path]:
     written = []
-    for suffix in (".svg", ".png"):
+    for suffix in FORMATS:
         target = Path(path).with_suffix(suffix)
         with atomic_write(target) as temporary:
             figure.savefig(temporary, format=suffix[1:], dpi=160, bbox_inches="tight" if tight else None)

@@ -60,6 +60,8 @@ class Nest:
     """Bits of a weight where the layer says so (shift codes); None takes the setting."""
     leaf: bool = True
     """Whether a layer of the network executes it, rather than a function between layers: what hooks on leaf modules can see."""
+    scores: Literal["", "written", "read"] = ""
+    """Whether it is the product of softmax attention that writes the scores, or the one that reads them."""
     experts: tuple[Expert, ...] = ()
     """The experts it lies in; their share of the tokens scales it."""
 
@@ -94,6 +96,8 @@ class Stream:
     """Elements written."""
     elements: int
     """Elements that are computed."""
+    rows: int = 0
+    """Rows (tokens, mostly) of which each is computed from itself alone; 0 where it takes more than a row."""
     experts: tuple[Expert, ...] = ()
     """The experts it lies in; their share of the tokens scales it."""
 

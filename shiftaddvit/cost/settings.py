@@ -11,6 +11,7 @@ from .units import Units, load_units
 
 Mode = Literal["paper", "eyeriss"]
 Coverage = Literal["released", "full"]
+Fusion = Literal["rows", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Settings:
     """Mode `eyeriss`: widths of the operands."""
     units: Units = field(default_factory=lambda: load_units("45nm"))
     """Mode `eyeriss`: the accelerator."""
+    fusion: Fusion = "rows"
+    """Mode `eyeriss`, `rows`: what takes a row (a token) at a time – norms, softmax, sums along channels, routers – happens as the row
+    passes through the buffer, attention's scores stay there, and experts fetch their tokens by index, as the kernels of `ops` do · `none`:
+    each is a layer of its own, which reads from DRAM and writes to it, and tokens are copied for their experts."""
     exclude: tuple[str, ...] = ()
     """Globs on module names; what they match, and what lies inside, is left out and listed."""
 
@@ -39,8 +44,18 @@ class Settings:
             raise UserError(f"mode must be 'paper' or 'eyeriss', got {self.mode!r}")
         if self.coverage not in ("released", "full"):
             raise UserError(f"coverage must be 'released' or 'full', got {self.coverage!r}")
+        if self.fusion not in ("rows", "none"):
+            raise UserError(f"fusion must be 'rows' or 'none', got {self.fusion!r}")
         if self.word_bits not in paper.COMPUTE:
             raise UserError(f"word bits of mode 'paper' must be 32 or 8, got {self.word_bits}")
+        if self.mode == "eyeriss" and self.word_bits != 32:
+            raise UserError(f"word bits {self.word_bits} belong to mode 'paper'; mode 'eyeriss' has activation and weight bits")
+        if self.mode == "paper" and self.bits != BitWidths():
+            raise UserError("mode 'paper' has one width for all operands, word bits 32 or 8; widths of activations and weights belong to mode 'eyeriss'")
+        if self.mode == "paper" and self.units != load_units("45nm"):
+            raise UserError(f"mode 'paper' has its published unit energies: unit table {self.units.name!r} belongs to mode 'eyeriss'")
+        if self.mode == "paper" and self.fusion != "rows":
+            raise UserError("mode 'paper' counts nothing that could be fused: fusion belongs to mode 'eyeriss'")
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values, of the mode's own settings only."""
@@ -50,7 +65,7 @@ class Settings:
                 "word_bits": self.word_bits, "shift_word_bits": paper.SHIFT_WORD_BITS, "add_index_bug": self.add_index_bug,
                 "free_add_memory": True, "joint_select": True, "tiles": "exact divisors",
             }  # fmt: skip
-        return common | {"bits": asdict(self.bits), "units": self.units.name, "units_source": self.units.source, "tiles": "padded"}
+        return common | {"bits": asdict(self.bits), "units": self.units.name, "units_source": self.units.source, "tiles": "padded", "fusion": self.fusion}
 
     def _stage4(self) -> bool:
         return self.coverage == "full" if self.stage4_matmuls is None else self.stage4_matmuls

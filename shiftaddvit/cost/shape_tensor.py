@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .streams import BINARY, POINTWISE
+from .streams import BINARY, FREE, POINTWISE
 
 Report = Callable[[str, tuple, Sequence[Tensor]], None]
 """Gets the operator's name (`addmm`), its positional arguments, and the tensors among its results."""
@@ -20,13 +21,15 @@ class ShapeTensor(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, meta: Tensor, report: Report) -> "ShapeTensor":
+    def __new__(cls, meta: Tensor, report: Report, origin: object | None = None) -> "ShapeTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device="cpu"
         )
 
-    def __init__(self, meta: Tensor, report: Report):
+    def __init__(self, meta: Tensor, report: Report, origin: object | None = None):
         self.meta, self.report = meta, report
+        self.origin = object() if origin is None else origin
+        """Shared by everything that is computed element by element from one tensor: it is all there when an element passes."""
 
     @property
     def is_meta(self) -> bool:
@@ -35,6 +38,18 @@ class ShapeTensor(torch.Tensor):
 
     def __repr__(self) -> str:
         return f"ShapeTensor({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:  # it wants one device, and a learned query has its own
+            report = next(x.report for x in (*args, *kwargs.values()) if isinstance(x, ShapeTensor))
+
+            def beside(value: Any) -> Any:
+                return cls(value.detach().to("meta"), report) if isinstance(value, Tensor) and not isinstance(value, ShapeTensor) else value
+
+            args, kwargs = tuple(map(beside, args)), {key: beside(value) for key, value in kwargs.items()}
+        return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -62,12 +77,21 @@ class ShapeTensor(torch.Tensor):
 
         def wrap(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return cls(value, report[0])
+                return cls(value, report[0], _origin(name, args, value))
             if isinstance(value, (list, tuple)):
                 return type(value)(wrap(item) for item in value)
             return value
 
         return wrap(results)
+
+
+def _origin(name: str, args: Sequence[Any], result: Tensor) -> object | None:
+    """The origin that a result inherits from the operands of its size; None if it begins one."""
+    name = name.removesuffix("_")
+    if name == "copy" or not (name in POINTWISE or name in BINARY or name in FREE):
+        return None
+    origins = {x.origin for x in args if isinstance(x, ShapeTensor) and x.numel() == result.numel()}
+    return origins.pop() if len(origins) == 1 else None
 
 
 def _name(func: Any) -> str:

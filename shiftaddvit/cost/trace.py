@@ -4,6 +4,7 @@ Linear layers, convolutions and products are seen whoever calls them: a module, 
 a `primitive` other than "mult" are taken as a whole: what they compute is what the primitive means, not how the reference path gets there.
 """
 
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.layers.router import Router
 
 from . import classify
-from .operations import PRIMITIVES, Expert, Mixture, Operation, Stream, Trace, Uncosted
+from .operations import PRIMITIVES, Expert, Mixture, Nest, Operation, Stream, Trace, Uncosted
 from .shape_tensor import ShapeTensor
 
 
@@ -36,7 +37,24 @@ def trace(model: nn.Module, *inputs: tuple[int, ...] | Tensor, scale: float = 1.
     finally:
         for module, mode in training.items():
             module.training = mode
-    return Trace(tuple(tracer.operations), tuple(tracer.mixtures.values()), tracer.uncosted(), scale)
+    return Trace(_with_scores(tracer.operations), tuple(tracer.mixtures.values()), tracer.uncosted(), scale)
+
+
+def _with_scores(operations: list[Operation]) -> tuple[Operation, ...]:
+    """The same, the two products around each softmax over rows of scores marked as such: q kᵀ before it, the product with v after."""
+    marked = list(operations)
+    nests = [place for place, operation in enumerate(operations) if isinstance(operation, Nest)]
+    for place, operation in enumerate(operations):
+        if operation.kind != "softmax" or not operation.rows:
+            continue
+        after = bisect(nests, place)
+        if not 0 < after < len(nests):
+            continue
+        first, second = operations[nests[after - 1]], operations[nests[after]]
+        rows = {(nest.kind, nest.groups * nest.N, width) for nest, width in ((first, first.M), (second, second.C))}
+        if rows == {("product", operation.rows, operation.elements // operation.rows)}:
+            marked[nests[after - 1]], marked[nests[after]] = replace(first, scores="written"), replace(second, scores="read")
+    return tuple(marked)
 
 
 class _Tracer:
@@ -104,7 +122,7 @@ class _Tracer:
         tokens = x.numel() // x.shape[-1]
         self.mixtures[name] = Mixture(name, tokens, primitives, width)
         # Gathering each expert's tokens and putting its results back: every token once in, once out.
-        self._record(Stream(name, "dispatch", "dispatch", tokens * width, tokens * width, tokens * width))
+        self._record(Stream(name, "dispatch", "dispatch", tokens * width, tokens * width, tokens * width, tokens))
 
     def _operator(self, operator: str, args: tuple, results: list[Tensor]) -> None:
         if self.muted or not results:

@@ -4,7 +4,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,33 @@ class Units:
     source: str = ""
     """Where the numbers come from."""
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Taken for every operation of a model when its mapping is looked up.
+        return hash((self.name, self.memory, self.arithmetic, self.accelerator))
+
+    @cached_property
+    def _memory(self) -> dict[str, float]:
+        return dict(self.memory)
+
+    @cached_property
+    def _accelerator(self) -> dict[str, int]:
+        return dict(self.accelerator)
+
     def access(self, level: str) -> float:
         """pJ to move 16 bits at `level`."""
-        return dict(self.memory)[level]
+        return self._memory[level]
 
     def size(self, what: str) -> int:
         """A size of the accelerator."""
-        return dict(self.accelerator)[what]
+        return self._accelerator[what]
 
     def step(self, primitive: str, bits: float) -> float:
-        """pJ of one `mult`, `add` or `shift` at a width; between and beyond known widths, a power law through the nearest two."""
+        """pJ of one `mult`, `add` or `shift` at a width; between and beyond known widths, a power law through the nearest two (a straight
+        line, not below zero, where one of them is free)."""
         known = dict(self.arithmetic)[primitive]
         for width, energy in known:
             if width == bits:
@@ -49,8 +66,9 @@ class Units:
             return known[0][1] * bits / known[0][0]
         high = next((i for i, (width, _) in enumerate(known) if width > bits), len(known) - 1)
         (w0, e0), (w1, e1) = known[max(high - 1, 0)], known[max(high, 1)]
-        exponent = math.log(e1 / e0) / math.log(w1 / w0) if e0 > 0 and e1 > 0 else 1.0
-        return e0 * (bits / w0) ** exponent
+        if e0 == 0 or e1 == 0:
+            return max(e0 + (e1 - e0) * (bits - w0) / (w1 - w0), 0.0)
+        return e0 * (bits / w0) ** (math.log(e1 / e0) / math.log(w1 / w0))
 
     def mac(self, primitive: str, bits: float, weight_bits: float, sum_bits: float) -> float:
         """pJ of one step of a loop nest, its accumulation charged. A product of unequal widths counts as one of their geometric mean."""
@@ -101,10 +119,12 @@ def units_from_dict(name: str, values: Mapping[str, Any]) -> Units:
             wrong.append(f"{key} is unknown")
     memory = _numbers(values, "memory", _MEMORY, wrong, whole=False)
     sizes = _numbers(values, "accelerator", _ACCELERATOR, wrong, whole=True)
+    if not isinstance(values.get("source", ""), str):
+        wrong.append(f"source must be text, got {values['source']!r}")
     arithmetic = _arithmetic(values.get("arithmetic"), wrong)
     if wrong:
         raise UserError(f"unit table {name!r}: {'; '.join(wrong)}")
-    return Units(name, tuple(memory.items()), arithmetic, tuple((k, int(v)) for k, v in sizes.items()), str(values.get("source", "")))
+    return Units(name, tuple(memory.items()), arithmetic, tuple((k, int(v)) for k, v in sizes.items()), values.get("source", ""))
 
 
 def _numbers(values: Mapping[str, Any], table: str, keys: tuple[str, ...], wrong: list[str], whole: bool) -> dict[str, float]:
@@ -137,7 +157,7 @@ def _arithmetic(found: Any, wrong: list[str]) -> tuple[tuple[str, tuple[tuple[in
             continue
         points = []
         for bits, energy in table.items():
-            if not bits.isdigit() or int(bits) < 1:
+            if not (bits.isascii() and bits.isdigit()) or int(bits) < 1:
                 wrong.append(f"arithmetic.{key}.{bits}: a width must be a whole number of bits")
             elif _energy(energy, f"arithmetic.{key}.{bits}", wrong):
                 points.append((int(bits), float(energy)))
@@ -152,7 +172,11 @@ def _scaled(arithmetic: tuple, mac: Any, wrong: list[str]) -> tuple:
     if not _energy(mac, "arithmetic.mac_16", wrong):
         return ()
     plain = Units("", (), arithmetic, ())
-    factor = mac / (plain.step("mult", 16) + plain.step("add", 16))
+    both = plain.step("mult", 16) + plain.step("add", 16)
+    if both == 0:
+        wrong.append("arithmetic.mac_16 cannot scale a mult and an add that are both free at 16 bits")
+        return ()
+    factor = mac / both
     return tuple((key, tuple((bits, energy * factor) for bits, energy in points)) for key, points in arithmetic)
 
 

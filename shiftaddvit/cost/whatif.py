@@ -103,10 +103,14 @@ def sweep(
     values = tuple(RANGES[over] if values is None else values)
     if not values:
         raise UserError(f"a sweep over {over} needs at least one value")
+    if over != "shift-share" and (odd := [value for value in values if not float(value).is_integer()]):
+        raise UserError(f"{over} must be whole numbers, got {odd[0]:g}")
     found = []
     for value in values:
         if over == "shift-share":
             found.append(named_energy(model, recipe, settings, value, image_size, batch))
+            if not found[0].tokens:
+                raise UserError(f"{found[0].model} has no mixtures of experts: a sweep over {over} has nothing to vary")
             continue
         field = {"weight-bits": "weight", "shift-bits": "shift_weight", "activation-bits": "activation"}[over]
         bits = replace(settings.bits, **{field: int(value)})

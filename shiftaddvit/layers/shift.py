@@ -75,6 +75,8 @@ class ShiftLinear(nn.Module):
     @torch.no_grad()
     def inherit(self, weight: Float[Tensor, "out in"]) -> None:
         """Set the latents from a dense weight: s = log2 |w| (less the channel's offset), g = sign(w); w = 0 becomes g = 0."""
+        if weight.is_meta:
+            return  # shapes alone
         weight = weight.detach().float()
         if self.offset is not None:
             self.offset.copy_(channel_offset(weight, self.config.rounding))
