@@ -14,6 +14,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     near = get_close_matches(name, allowed, n=3, cutoff=0.5)
     if near and len(allowed) > 40:
         return UserError(f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, near))}? ({len(allowed)} are known)")
+    if len(allowed) > 40:
+        return UserError(f"unknown {kind} {name!r}: none of the {len(allowed)} that are known is like it")
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    shown = allowed if len(allowed) <= 40 else [*allowed[:40], f"… {len(allowed) - 40} more"]
-    return UserError(f"unknown {kind} {name!r}: {hint}allowed: {', '.join(shown)}")
+    return UserError(f"unknown {kind} {name!r}: {hint}allowed: {', '.join(allowed)}")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftaddvit.cost import BitWidths, Nest, Settings, Stream, cost_operations, load_units
+from shiftaddvit.cost import BitWidths, Nest, Settings, Stream, cost_operations, energy, load_units
 from shiftaddvit.cost.experts import Shares
 from shiftaddvit.cost.eyeriss import map_nest, stream_cells
 from shiftaddvit.cost.mapper import Problem, Tilings, best_mapping, energies
@@ -192,10 +192,62 @@ def test_accumulation_is_charged():
     assert UNITS.mac("shift", 8, 5, 32) < UNITS.mac("mult", 8, 8, 32)
 
 
-def test_norms_read_and_write_but_activations_stay_where_they_are():
-    norm = stream_cells(Stream("norm", "norm", "layer_norm", 1000, 1000, 1000), UNITS, BITS)
+FUSED, ALONE = Settings(), Settings(fusion="none")
+
+
+@SMALL
+@given(
+    n=st.integers(1, 4), c=channels, m=channels, kernel=st.sampled_from([1, 2, 3, 5, 7]), stride=st.integers(1, 4), e=st.integers(1, 60),
+    groups=st.sampled_from([1, 2, 32]), primitive=st.sampled_from(["mult", "adder"]),
+)  # fmt: skip
+def test_levels_operands_and_layers_add_up_for_convolutions(n, c, m, kernel, stride, e, groups, primitive):
+    side = (e - 1) * stride + kernel
+    convs = [Nest("conv", "conv", primitive, groups, n, c, m, kernel, kernel, side, side, e, e, (stride, stride)), nest(n, c, m)]
+    found = cost_operations(convs)
+    for layer in found.per_layer:
+        assert sum(layer.by_level().values()) == pytest.approx(layer.pj, rel=1e-12)
+        assert sum(layer.by_operand().values()) == pytest.approx(layer.pj, rel=1e-12)
+    assert found.total_mj == pytest.approx(sum(layer.pj for layer in found.per_layer) * 1e-9, rel=1e-12)
+    assert pj(replace(convs[0], E=e + 1, H=side + stride)) >= pj(convs[0]) * (1 - 1e-12)
+
+
+def test_a_router_beside_its_experts_moves_its_weights_alone_off_the_chip():
+    router = nest(196, 160, 2)
+    fused, alone = (cost_operations([replace(router, name="fc1.router")], how).per_layer[0].cells for how in (FUSED, ALONE))
+    assert {operand for level, operand in fused if level == "dram"} == {"weight"}
+    assert {key: alone[key] for key in fused} == fused
+    assert alone["dram", "input"] == pytest.approx(196 * 160 * UNITS.access("dram"))
+
+
+def test_scores_stay_on_the_chip_where_rows_are_fused():
+    write, read = replace(nest(197, 64, 197, kind="product"), scores="written"), replace(nest(197, 197, 64, kind="product"), scores="read")
+    fused, alone = (cost_operations([write, read], how).per_layer for how in (FUSED, ALONE))
+    assert ("dram", "output") not in fused[0].cells and ("dram", "input") not in fused[1].cells
+    assert alone[0].cells["dram", "output"] == pytest.approx(197 * 197 * UNITS.access("dram"))
+    assert fused[1].cells["dram", "output"] == alone[1].cells["dram", "output"]
+
+
+DOCUMENTED = {
+    ("msa", 16): (18.75, 34.29), ("pvt", 16): (7.38, 8.18), ("ecoformer", 16): (7.55, 8.13), ("ours-quant-add", 16): (7.66, 8.40),
+    ("ours-quant-shift", 16): (6.58, 7.31), ("ours-quant-moe", 16): (7.20, 8.79), ("pvt-moe", 16): (7.04, 8.49),
+    ("pvt", 32): (13.80, 15.40), ("ours-quant-moe", 32): (12.85, 16.03),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "bits"), DOCUMENTED)
+def test_pvt_v2_b0_costs_what_the_documentation_says(recipe, bits):
+    widths = BitWidths(activation=bits, weight=bits)
+    found = [energy("pvt_v2_b0", recipe=recipe, bits=widths, fusion=fusion).total_mj for fusion in ("rows", "none")]
+    assert found == pytest.approx(DOCUMENTED[recipe, bits], abs=0.006)
+
+
+def test_norms_read_and_write_alone_but_activations_stay_where_they_are():
+    alone, fused = (stream_cells(Stream("norm", "norm", "layer_norm", 1000, 1000, 1000, 10), UNITS, BITS, how) for how in (False, True))
+    whole = stream_cells(Stream("norm", "norm", "group_norm", 1000, 1000, 1000), UNITS, BITS)
     gelu = stream_cells(Stream("act", "pointwise", "gelu", 0, 0, 1000), UNITS, BITS)
-    assert norm["dram", "input"] == pytest.approx(1000 * UNITS.access("dram"))
+    assert alone["dram", "input"] == pytest.approx(1000 * UNITS.access("dram"))
+    assert fused == {key: cost for key, cost in alone.items() if key[0] != "dram"}
+    assert whole["dram", "output"] == alone["dram", "output"], "statistics over more than a row need it all first"
     assert not any(level == "dram" for level, _ in gelu)
     assert gelu["compute", "arithmetic"] > 0
 

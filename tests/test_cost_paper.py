@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftaddvit.cost import NoMapping, Settings, compare, cost_operations, energy
+from shiftaddvit.cost import BitWidths, NoMapping, Settings, compare, cost_operations, energy
 from shiftaddvit.cost.experts import divide
 from shiftaddvit.cost.operations import Nest
 from shiftaddvit.cost.paper import map_nest
+from shiftaddvit.errors import UserError
 from shiftaddvit.reparam import Recipe, reparameterize
 
 PAPER = Settings(mode="paper")
@@ -93,6 +94,49 @@ def test_deit_without_its_patch_embedding():
     found = energy("deit_tiny_patch16_224", recipe="msa", mode="paper", exclude=("patch_embed.proj",))
     assert found.total_mj == pytest.approx(65.974, abs=5e-4)
     assert any(entry.name == "patch_embed.proj" and "excluded" in entry.reason for entry in found.uncosted)
+
+
+def test_exact_divisors_make_odd_counts_dear():
+    """What the documentation says about this mode, with its numbers."""
+    assert pj(linear(38_707, 64, 64)) / pj(linear(38_704, 64, 64)) == pytest.approx(9.40, abs=0.01)
+
+    def an_image(share: float, batch: int = 1) -> float:
+        return energy("pvt_v2_b0", recipe="ours-quant-moe", mode="paper", shift_share=share, batch=batch).total_mj / batch
+
+    assert [an_image(share) for share in (0.38, 0.39, 0.4)] == pytest.approx([26.76, 28.92, 26.98], abs=0.006)
+    assert [an_image(0.42), an_image(0.42, batch=8)] == pytest.approx([26.47, 56.13], abs=0.006)
+
+
+def test_random_splits_seldom_leave_the_range_of_their_pure_forms():
+    random = np.random.default_rng(0)
+    above = 0
+    for _ in range(400):
+        n, share = int(random.choice([3136, 784, 196, 49])), random.random()
+        c, m = (int(x) for x in random.choice([32, 64, 160, 256], 2))
+        mults, shifts = divide(n, (1 - share, share))
+        total = sum(pj(linear(count, c, m, p)) for count, p in ((mults, "mult"), (shifts, "shift")) if count)
+        above += total > pj(linear(n, c, m)) * (1 + 1e-9)
+    assert 0.01 < above / 400 < 0.1
+
+
+def test_at_eight_bits_a_shift_is_the_dearer_one():
+    """Its operands keep ten bits, so the published model turns the comparison round; mode `eyeriss` does not."""
+    assert pj(linear(196, 64, 64, "shift"), bits=8) > pj(linear(196, 64, 64), bits=8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "eyeriss", "word_bits": 8}, "belong to mode 'paper'"),
+        ({"mode": "paper", "bits": BitWidths(activation=8)}, "belong to mode 'eyeriss'"),
+        ({"mode": "paper", "units": "65nm"}, "'65nm' belongs to mode 'eyeriss'"),
+        ({"mode": "paper", "fusion": "none"}, "belongs to mode 'eyeriss'"),
+        ({"fusion": "all"}, "'rows' or 'none'"),
+    ],
+)
+def test_a_setting_of_the_other_mode_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        energy("pvt_v2_b0", **wrong)
 
 
 def test_view_synthesis_networks():

@@ -11,6 +11,8 @@ import typer
 
 from shiftaddvit.errors import UserError
 
+from .failures import refuse_existing
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -97,6 +99,8 @@ def energy(
         raise UserError("--layers shows one recipe: leave out --compare and --sweep")
     if figure is not None:
         check_figure_path(figure)
+    if as_json not in (None, "-"):
+        refuse_existing(Path(as_json), overwrite=True)
     settings = Settings(mode.value, coverage.value, add_index_bug is not False, stage4_matmuls, word_bits,
                         BitWidths(activation_bits, weight_bits, shift_bits), load_units(units), fusion.value, tuple(exclude or ()))  # fmt: skip
     size = parse_size(image_size)

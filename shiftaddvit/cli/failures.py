@@ -20,6 +20,7 @@ USER, INTERRUPTED = 2, 130
 RESUMABLE = ("finetune", "pretrain")
 """Commands that go on with `--resume`."""
 
+_USAGE = typer.BadParameter.__base__  # typer brings its own click and exports this one by its subclass only
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ARGUMENTS = "shiftaddvit.arguments"
 
@@ -37,6 +38,10 @@ class Commands(TyperGroup):
                 return super().invoke(ctx)
         except UserError as error:
             raise _told(str(error)) from error
+        except _USAGE as error:
+            if not error.format_message() or ctx.invoked_subcommand is None:
+                raise
+            raise _told(f"{error.format_message().replace('Value error, ', '').rstrip('.')} (see --help)") from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             if ctx.invoked_subcommand in RESUMABLE:

@@ -162,12 +162,20 @@ def _counted(subject: Subject, settings: Settings) -> tuple[list[Operation], lis
         else:
             what = operation.function if isinstance(operation, Stream) else operation.name
             left[what, reason] = left.get((what, reason), 0) + 1
-    return kept, [Uncosted(what, count, reason) for (what, reason), count in left.items()]
+    idle = [pattern for pattern in settings.exclude if not any(_matches(operation.name, pattern) for operation in operations)]
+    return kept, [
+        *(Uncosted(what, count, reason) for (what, reason), count in left.items()),
+        *(Uncosted(pattern, 0, "this exclude matches no module") for pattern in idle),
+    ]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
 
 
 def _reason_to_leave(operation: Operation, sites: AttentionSites, settings: Settings) -> str | None:
     for pattern in settings.exclude:
-        if fnmatchcase(operation.name, pattern) or fnmatchcase(operation.name, pattern + ".*"):
+        if _matches(operation.name, pattern):
             return f"excluded by {pattern!r}"
     if isinstance(operation, Stream):
         if settings.mode == "paper":

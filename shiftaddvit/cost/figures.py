@@ -1,6 +1,6 @@
 """Energies as pictures, each as SVG and PNG. matplotlib is an optional extra."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -41,8 +41,7 @@ def bar_figure(energies: Mapping[str, Energy], path: str | Path) -> list[Path]:
         axis.set_xlabel(f"energy [{unit}]")
         axis.legend(fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.5 / bars), frameon=False)
     first = next(iter(energies.values()))
-    conditions = f"analytical Eyeriss model, mode {first.settings['mode']}, coverage {first.settings['coverage']}"
-    figure.suptitle(f"{first.model.rpartition(', ')[0]} – {conditions}", fontsize=11, y=1 - 0.15 / height, va="top")
+    figure.suptitle(f"{first.model.rpartition(', ')[0]} – {_conditions(energies.values())}", fontsize=10, y=1 - 0.15 / height, va="top")
     return _save(figure, plt, path)
 
 
@@ -82,9 +81,22 @@ def _stack(axis, names: list[str], parts: Mapping[str, Mapping[str, float]], ord
         axis.barh(names, widths, left=left, label=part, color=colour, height=0.68)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for row, total in enumerate(left):
-        axis.text(total, row, f" {total:.3g}", va="center", fontsize=8)
+        axis.text(total, row, f" {total:#.3g}" if total < 1000 else f" {total:,.0f}", va="center", fontsize=8)
     axis.set_xlim(0, 1.12 * max(left))
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _conditions(energies: Iterable[Energy]) -> str:
+    """What the bars have in common, for their title."""
+    energies = list(energies)
+    first, shares = energies[0].settings, {energy.settings["shift_share"] for energy in energies} - {None}
+    parts = ["analytical Eyeriss model", f"mode {first['mode']}", f"coverage {first['coverage']}"]
+    if first["mode"] == "eyeriss":
+        parts += [f"{first['units']}", f"activations {first['bits']['activation']} bits", f"fusion {first['fusion']}"]
+    if len(shares) == 1:
+        source = next(energy.settings["shift_share_source"] for energy in energies if energy.settings["shift_share"] is not None)
+        parts.append(f"shift share {shares.pop():.2f} ({source})")
+    return ", ".join(parts)
 
 
 def _largest_kinds(by_kind: Mapping[str, Mapping[str, float]], count: int = 9) -> list[str]:

@@ -98,8 +98,10 @@ def load_units(name: str) -> Units:
         raise unknown("unit table", name, [*table_names(), "a path that ends in .toml"])
     try:
         values = tomllib.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"unit table {name!r}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"unit table {name!r} is a folder") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"unit table {name!r} is not valid TOML: {error}") from None
     return units_from_dict(path.stem, values)
