@@ -32,7 +32,7 @@ def headline(energy: Energy) -> str:
 
 def kind_table(energy: Energy) -> Table:
     """mJ by kind of layer (rows) and memory level (columns)."""
-    table = Table("layer", *LEVELS, "mJ", "%", title="by kind of layer")
+    table = Table("layer", *LEVELS, "mJ", "%", title="by kind of layer, mJ")
     _right(table)
     rows = sorted(energy.by_kind().items(), key=lambda item: -sum(item[1].values()))
     for kind, levels in rows:
@@ -46,7 +46,7 @@ def kind_table(energy: Energy) -> Table:
 
 def operand_table(energy: Energy) -> Table:
     """mJ by operand."""
-    table = Table(*OPERANDS, title="by operand")
+    table = Table(*OPERANDS, title="by operand, mJ")
     _right(table, first=0)
     operands = energy.by_operand()
     table.add_row(*(mj(operands.get(operand, 0.0)) for operand in OPERANDS))
