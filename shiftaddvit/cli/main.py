@@ -9,6 +9,7 @@ from shiftaddvit.quickstart.command import quickstart
 
 from . import nvs
 from .convert import convert
+from .dispatch import dispatch
 from .energy import energy
 from .evaluate import evaluate
 from .failures import Commands
@@ -43,6 +44,6 @@ def _options(
     """Options before any command."""
 
 
-for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, recipes, models):
+for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, dispatch, recipes, models):
     app.command()(command)
 app.add_typer(nvs.app, name="nvs")

@@ -44,6 +44,7 @@ def run(output: Path, budget: "Budget", console: "Console", *, seed: int = 0, de
     """
     from shiftaddvit.conditions import conditions
     from shiftaddvit.files import write_json
+    from shiftaddvit.schema import stamped
 
     from .assets import load_images
     from .rows import ROWS, Setting, claim_device, converted_row, dense_row
@@ -78,7 +79,8 @@ def run(output: Path, budget: "Budget", console: "Console", *, seed: int = 0, de
     console.print(PLAIN_WORDS, style="bold")
     console.print()
     console.print(next_steps(), soft_wrap=True)
-    result = {"rows": [row.to_json() for row in rows], "seconds": seconds, **setting.to_json(), "conditions": conditions(setting.device, seed=seed)}
+    values = {"rows": [row.to_json() for row in rows], "seconds": seconds, **setting.to_json(), "conditions": conditions(setting.device, seed=seed)}
+    result = stamped("quickstart", values)
     write_json(output / RESULT, result)
     if as_json == "-":
         json.dump(result, sys.stdout, indent=1, allow_nan=False)
