@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .failures import Commands
 from .finetune import finetune, pretrain
 from .listing import models, recipes
+from .report import report
 from .sensitivity import sensitivity
 
 app = typer.Typer(
@@ -44,6 +45,6 @@ def _options(
     """Options before any command."""
 
 
-for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, dispatch, recipes, models):
+for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, dispatch, report, recipes, models):
     app.command()(command)
 app.add_typer(nvs.app, name="nvs")
