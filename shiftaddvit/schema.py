@@ -28,8 +28,9 @@ ANNOTATIONS = ("command", "data", "name", "note")
 
 
 def stamped(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` (plain JSON values) with a stamp in front: what kind of result, which version, and a digest of the values."""
-    return {STAMP: {"kind": kind, "version": VERSIONS[kind], "digest": digest(values)}} | dict(values)
+    """`values` (plain JSON values) with a stamp in front, in place of any they had: what kind of result, which version, and a digest."""
+    stamp = {"kind": kind, "version": VERSIONS[kind], "digest": digest(values)}
+    return {STAMP: stamp} | {key: value for key, value in values.items() if key != STAMP}
 
 
 def digest(values: Mapping[str, Any]) -> str:

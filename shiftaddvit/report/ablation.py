@@ -12,6 +12,8 @@ from .tables import NONE, NOT_RUN, Cell, Column, Table, words
 
 PUBLISHED_SIZE = (224, 224)
 IMAGENET = "imagenet"
+DESIGN = "what the row is"
+"""Group of the columns that describe a row."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Subject:
     @property
     def title(self) -> str:
         """For people."""
-        size = f" at {self.model.size[0]}×{self.model.size[1]}" if self.model.size else ""
-        changed = " with arguments of its own" if self.model.args else ""
+        size = f", {self.model.size[0]}×{self.model.size[1]}" if self.model.size else ""
+        changed = " (own arguments)" if self.model.args else ""
         return f"{self.model.name}{changed}{size}" + (f" · {self.data}" if self.data else "")
 
 
@@ -127,18 +129,18 @@ def _with_costs(line: Line, model: ModelRef, results: Results) -> Line:
 def table(found: Comparison, number: int) -> Table:
     """As a table. Columns of numbers that nobody has for this network are left out, but for accuracy, latency and energy."""
     rows = {row.recipe: row for row in classification()}
-    design = [Column(title, "what the row is", False) for title in ("row", "attention", "add", "attention linears", "MLP")]
+    design = [Column("row", "", False), *(Column(title, DESIGN, False) for title in ("attention", "add", "attn linears", "MLP"))]
     paper = [
         Column("top-1 %", "published", better="higher"), Column("latency, ms", "published", better="lower"),
         Column("images/s", "published", better="higher"), Column("energy, mJ", "published", better="lower"),
     ]  # fmt: skip
     ours: list[tuple[Column, list[Cell]]] = [
         (Column("top-1 %", "measured here", better="higher"), [_accuracy(line) for line in found.lines]),
-        (Column("against dense, points", "measured here", better="higher"), [_difference(line, found.control) for line in found.lines]),
+        (Column("vs dense, points", "measured here", better="higher"), [_difference(line, found.control) for line in found.lines]),
         (Column("latency, ms", "measured here", better="lower"), [_latency(line) for line in found.lines]),
         (Column("images/s", "measured here", better="higher"), [_throughput(line) for line in found.lines]),
-        (Column("tokens on shift, %", "measured here"), [_share(line) for line in found.lines]),
-        (Column("mults removed, %", "measured here", better="higher"), [_removed(line) for line in found.lines]),
+        (Column("on shift, %", "measured here"), [_share(line) for line in found.lines]),
+        (Column("mults gone, %", "measured here", better="higher"), [_removed(line) for line in found.lines]),
         (Column("file, kB", "measured here", better="lower"), [_size(line) for line in found.lines]),
         (Column("energy, mJ", "modelled here", better="lower"), [_energy(line) for line in found.lines]),
     ]  # fmt: skip

@@ -44,10 +44,12 @@ class Scatter:
     """With unit; less is better."""
     y_label: str
     """With unit; more is better."""
-    source: Literal["published", "measured"]
-    """Whose numbers; never both."""
+    sources: tuple[Literal["published", "measured", "modelled"], ...]
+    """Whose numbers; published and measured never together."""
     series: tuple[Series, ...]
     """At most four."""
+    about: str = ""
+    """Network and data, below the title."""
     log_x: bool = False
     """Whether the x axis is logarithmic."""
 

@@ -91,7 +91,7 @@ def read_finetune(values: Fields, source: Source, found: Results) -> None:
 def read_quickstart(values: Fields, source: Source, found: Results) -> None:
     """All its rows."""
     model = model_ref(values, (32, 32)) if "model" in values else ModelRef("pvt_v2_b0", "quickstart", (32, 32))
-    data = values.word("data", "Fashion-MNIST, the embedded part, at 32×32")
+    data = values.word("data", "Fashion-MNIST, the embedded part")
     seed = values.count("seed")
     for row in values.each("rows"):
         mults, dense = row.number("multiplications", 0), row.number("dense_multiplications", 1)

@@ -50,6 +50,12 @@ def cells(mixture: Mixture, digits: str, kind: str) -> str:
     return "".join(path)
 
 
+def grid_lines(mixture: Mixture) -> str:
+    """SVG path data of the lines between tokens."""
+    rows, columns = mixture.grid
+    return "".join(f"M0 {row}h{columns}" for row in range(1, rows)) + "".join(f"M{column} 0v{rows}" for column in range(1, columns))
+
+
 def percent_on_shift(mixture: Mixture, digits: str) -> int:
     """Of one picture's tokens."""
     return round(100 * sum(mixture.experts[int(digit)] == "shift" for digit in digits) / len(digits))

@@ -10,9 +10,10 @@ from typing import Any
 
 from shiftaddvit import __version__
 from shiftaddvit.errors import UserError
+from shiftaddvit.published import classification
 
 from . import maps, sections, tables
-from .ablation import Comparison, comparisons
+from .ablation import DESIGN, Comparison, comparisons
 from .ablation import table as ablation_table
 from .charts import Bars, Chart, Lines, Scatter
 from .results import DispatchResult, Results
@@ -96,10 +97,11 @@ def tiles(found: Content) -> tuple[Tile, ...]:
         converted = [line for line in one.lines if line.runs and line.recipe != "dense"]
         if one.control is None or not converted:
             continue
-        best = max(converted, key=lambda line: line.top1)
+        adding = {row.recipe for row in classification() if row.add}
+        best = max([line for line in converted if line.recipe in adding] or converted, key=lambda line: line.top1)
         made = [
             Tile(f"{one.control.top1:.1f} %", f"of test images right with the dense model, on {one.subject.data}", "measured"),
-            Tile(f"{best.top1:.1f} %", f"with the best converted row, {best.label}", "measured"),
+            Tile(f"{best.top1:.1f} %", f"with the best row that adds instead of multiplying, {best.label}", "measured"),
         ]
         removed = [(run.removed, line.label) for line in converted for run in line.runs if run.removed is not None]
         if removed:
@@ -174,5 +176,5 @@ def _environment() -> Any:
     environment.filters |= {
         "svg": lambda chart: Markup(draw(chart)), "markdown": tables.as_markdown, "latex": tables.as_latex, "csv": tables.as_csv, "raw": Markup,
     }  # fmt: skip
-    environment.globals |= {"maps": maps, "level_names": tuple(sections.LEVEL_NAMES.values())}
+    environment.globals |= {"design": DESIGN, "maps": maps, "level_names": tuple(sections.LEVEL_NAMES.values())}
     return environment

@@ -27,7 +27,7 @@ def published_tradeoffs() -> tuple[Scatter, ...]:
             )
             if len(points) > 1:
                 series.append(Series(shown, points))
-        found.append(Scatter(f"published-{title}", f"Published: accuracy against {title}", f"{title}, {quantity}", "top-1 on ImageNet-1k, %", "published", tuple(series), key == "latency_ms"))
+        found.append(Scatter(f"published-{title}", f"Accuracy against {title}", f"{title}, {quantity}", "top-1, %", ("published",), tuple(series), "ImageNet-1k at 224×224, the paper's numbers", key == "latency_ms"))
     return tuple(found)
 
 
@@ -43,8 +43,9 @@ def measured_tradeoffs(found: Comparison, number: int) -> tuple[Scatter, ...]:
     for name, axis, cost in kinds:
         points = tuple(_point(line, float(x), axis) for line in found.lines if line.top1 is not None and (x := cost(line)) is not None)
         if len(points) > 1:
-            title = f"Measured: accuracy against {name} · {found.subject.title}"
-            charts.append(Scatter(f"measured-{number}-{name}", title, axis, "top-1, %", "measured", (Series("measured here", points),)))
+            sources = ("measured", "modelled") if name == "energy" else ("measured",)
+            series = (Series("measured here", points),)
+            charts.append(Scatter(f"measured-{number}-{name}", f"Accuracy against {name}", axis, "top-1, %", sources, series, found.subject.title))
     return tuple(charts)
 
 
@@ -83,8 +84,9 @@ def energy_by_layer(found: EnergyResult, number: int) -> Bars:
         total = parts.setdefault(_part(layer.name), [0.0] * len(LEVELS))
         for index, level in enumerate(LEVELS):
             total[index] += layer.levels[level] / found.batch
-    rows = tuple((part, tuple(values)) for part, values in parts.items())
-    return Bars(f"energy-layers-{number}", f"{found.model.name}, {found.recipe}: {found.mj_per_image:.4g} mJ an image", "mJ", tuple(LEVEL_NAMES.values()), rows)
+    unit, factor = ("µJ", 1e3) if max((sum(values) for values in parts.values()), default=0.0) < 0.1 else ("mJ", 1.0)
+    rows = tuple((part, tuple(factor * value for value in values)) for part, values in parts.items())
+    return Bars(f"energy-layers-{number}", f"{found.model.name}, {found.recipe}: {found.mj_per_image:.4g} mJ an image", unit, tuple(LEVEL_NAMES.values()), rows)
 
 
 def _part(name: str) -> str:

@@ -7,7 +7,8 @@ from math import log10
 
 from .charts import Bars, Chart, Lines, Point, Scatter, front, ticks
 
-WIDTH = 720
+WIDTH, BAR_WIDTH = 620, 720
+"""Of charts with axes, and of bars."""
 
 
 def draw(chart: Chart) -> str:
@@ -26,10 +27,10 @@ def number(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else f"{value:,.0f}"
 
 
-def _frame(chart: Chart, height: float, body: Iterable[str], about: str) -> str:
+def _frame(chart: Chart, height: float, body: Iterable[str], about: str, width: int = WIDTH) -> str:
     name = escape(chart.id)
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="group" aria-labelledby="{name}-t {name}-d">'
+        f'<svg class="chart" viewBox="0 0 {width} {height:g}" role="group" aria-labelledby="{name}-t {name}-d">'
         f'<title id="{name}-t">{escape(chart.title)}</title><desc id="{name}-d">{escape(about)}</desc>{"".join(body)}</svg>'
     )
 
@@ -124,7 +125,7 @@ def _scatter(chart: Scatter) -> str:
 def _placed(x: float, y: float, label: str, obstacles: list, placed: list, floor: float) -> str:
     """A label where it covers no mark and no other label; none where there is no such place (the pointer still shows it)."""
     shown = label if len(label) <= 30 else label[:29] + "…"
-    width = 6.3 * len(shown)
+    width = 7.0 * len(shown)
     for dx, dy in ((12, 4), (-12 - width, 4), (-width / 2, -13), (-width / 2, 21), (10, -10), (10, 18), (-10 - width, -10), (-10 - width, 18)):
         box = (x + dx, y + dy - 10, x + dx + width, y + dy + 3)
         inside = box[0] >= 64 and box[2] <= WIDTH - 2 and box[1] >= 2 and box[3] <= floor
@@ -166,7 +167,7 @@ def _bars(chart: Bars) -> str:
     left = min(300.0, 14 + 6.6 * longest)
     row, top = 24, 8
     most = chart.whole or max((sum(values) for _, values in chart.rows), default=0.0) or 1.0
-    scale = (WIDTH - left - 78) / most
+    scale = (BAR_WIDTH - left - 78) / most
     height = top + row * len(chart.rows) + 10
     body = []
     for line, (label, values) in enumerate(chart.rows):
@@ -182,4 +183,4 @@ def _bars(chart: Bars) -> str:
         total = values[-1] if chart.whole else sum(values)
         body.append(_text((left + scale * chart.whole if chart.whole else x) + 6, y + 15, f"{number(total)} {chart.unit}", "tick"))
     about = f"{len(chart.rows)} bars, each stacked from {', '.join(chart.parts)}, in {chart.unit}."
-    return _frame(chart, height, body, about)
+    return _frame(chart, height, body, about, BAR_WIDTH)

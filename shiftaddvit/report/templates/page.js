@@ -85,6 +85,8 @@
     use.setAttribute("height", rows);
     svg.querySelector(".to-mult").setAttribute("d", cells(layer, digits, "mult"));
     svg.querySelector(".to-shift").setAttribute("d", cells(layer, digits, "shift"));
+    const across = [...Array(rows - 1).keys()].map(row => `M0 ${row + 1}h${columns}`), down = [...Array(columns - 1).keys()].map(column => `M${column + 1} 0v${rows}`);
+    svg.querySelector(".lines").setAttribute("d", across.join("") + down.join(""));
   };
   const percent = (layer, digits) => Math.round(100 * [...digits].filter(digit => layer.experts[digit] === "shift").length / digits.length);
   const data = JSON.parse(document.getElementById("dispatch-data").textContent);
@@ -133,6 +135,6 @@
   }
 
   // On paper everything is open.
-  addEventListener("beforeprint", () => all("details:not(.take):not(.values):not(.source)").forEach(details => { details.dataset.was = details.open; details.open = true; }));
+  addEventListener("beforeprint", () => all("details:not(.take):not(.values):not(.source):not(.layered)").forEach(details => { details.dataset.was = details.open; details.open = true; }));
   addEventListener("afterprint", () => all("details[data-was]").forEach(details => { details.open = details.dataset.was === "true"; }));
 })();
