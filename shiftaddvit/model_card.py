@@ -121,11 +121,23 @@ def _body(path: Path, model: nn.Module, header: Mapping[str, Any], sizes: tuple[
         lines += ["A vision transformer that shifts and adds where its dense form multiplies (ShiftAddViT, NeurIPS 2023), made by shiftaddvit.", ""]
         if recipe.get("description"):
             lines += [_plain(recipe["description"]), ""]
-    lines += ["## Use", "", "```python", "import shiftaddvit as sav", f"model = sav.load({path.name!r})  # evaluation mode", "logits = model(images)  # (B, 3, H, W) to (B, classes)", "```", ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import shiftaddvit as sav",
+        f"model = sav.load({path.name!r})  # evaluation mode",
+        "logits = model(images)  # (B, 3, H, W) to (B, classes)",
+        "```",
+        "",
+    ]
     lines += ["## What it is", "", "| | |", "|---|---|", f"| architecture | `{architecture['name']}` {_plain(_arguments(architecture['args']))}|"]
     if recipe is not None:
         columns = [f"{key} = {recipe[key]}" for key in ("attention", "add", "attn_linear", "mlp") if key in recipe]
-        lines += [f"| recipe | {_plain(name)}: {_plain(', '.join(columns)) or 'as the dense model'}{'; differs by layer' if recipe.get('overrides') else ''} |"]
+        lines += [
+            f"| recipe | {_plain(name)}: {_plain(', '.join(columns)) or 'as the dense model'}"
+            f"{'; differs by layer' if recipe.get('overrides') else ''} |"
+        ]
         lines += [f"| converted | {converted(model)} |"]
     form = "packed: shift weights as integer codes, no further training" if header["packed"] else "latent: can be trained on"
     lines += [f"| file | {sizes[0]:,} bytes, {sizes[0] / sizes[1]:.3f}× the dense float32 weights; {form} |"]
@@ -163,8 +175,9 @@ def _accuracy(facts: ModelFacts) -> str:
     where = found["conditions"]
     precise = f"{where.get('dtype', '?')}{' autocast' if where.get('autocast') else ''}, batch {where.get('batch', '?')}"
     return (
-        f"Measured: top-1 **{found['top1']:.2f} %** (95 % interval {low:.2f} … {high:.2f}), top-5 {found['top5']:.2f} %, on {found['images']:,} images"
-        f"{' of ' + _plain(facts.data) if facts.data else ''}; {_plain(precise)} on {_plain(where.get('device', '?'))}, torch {_plain(where.get('torch', '?'))}, {_plain(where.get('time', '?'))}."
+        f"Measured: top-1 **{found['top1']:.2f} %** (95 % interval {low:.2f} … {high:.2f}), top-5 {found['top5']:.2f} %, "
+        f"on {found['images']:,} images{' of ' + _plain(facts.data) if facts.data else ''}; {_plain(precise)} on {_plain(where.get('device', '?'))}, "
+        f"torch {_plain(where.get('torch', '?'))}, {_plain(where.get('time', '?'))}."
     )
 
 
@@ -172,9 +185,16 @@ def _energy(facts: ModelFacts) -> str:
     if not facts.energy:
         return "Not computed; `shiftaddvit energy FILE` does it."
     settings = facts.energy["settings"]
-    share = "" if settings.get("shift_share") is None else f"; {100 * settings['shift_share']:.0f} % of the tokens on shift ({_plain(settings['shift_share_source'])})"
+    share = (
+        ""
+        if settings.get("shift_share") is None
+        else f"; {100 * settings['shift_share']:.0f} % of the tokens on shift ({_plain(settings['shift_share_source'])})"
+    )
     size = "×".join(map(str, settings.get("image_size") or ["?"]))
-    return f"Modelled, not measured: **{facts.energy['total_mj']:.4g} mJ** for one image of {size}, analytical Eyeriss model, mode `{_plain(settings['mode'])}`{share}."
+    return (
+        f"Modelled, not measured: **{facts.energy['total_mj']:.4g} mJ** for one image of {size}, "
+        f"analytical Eyeriss model, mode `{_plain(settings['mode'])}`{share}."
+    )
 
 
 def _arguments(args: Mapping[str, Any]) -> str:

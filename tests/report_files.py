@@ -34,7 +34,9 @@ def finetune(right: int, recipe: dict[str, Any] | None, seed: int = 0, data: str
 
 def energy(recipe: str, layers: int = 3, size: int = 64, **more: Any) -> dict[str, Any]:
     levels = {"dram": 4e6, "buffer": 1e6, "noc": 1e6, "rf": 2e6, "compute": 1e6}
-    rows = [{"name": f"stages.0.blocks.{i}.attn.qkv", "kind": "linear", "primitive": "shift", "levels": levels, "total_pj": 9e6} for i in range(layers)]
+    rows = [
+        {"name": f"stages.0.blocks.{i}.attn.qkv", "kind": "linear", "primitive": "shift", "levels": levels, "total_pj": 9e6} for i in range(layers)
+    ]
     values = {
         "subject": {"model": {"name": "pvt_v2_b0", "args": {}}, "recipe": recipe}, "model": f"pvt_v2_b0, {recipe}", "total_mj": layers * 9e6 * 1e-9, "scale": 1.0,
         "per_layer": rows, "tokens": [], "settings": {"mode": "eyeriss", "batch": 1, "image_size": [size, size], "shift_share": None, "shift_share_source": "no mixtures"},
@@ -49,14 +51,33 @@ def dispatch(recipe: str = "ours-quant-moe", **more: Any) -> dict[str, Any]:
         {"name": "stages.1.blocks.0.attn.qkv", "experts": ["mult", "shift"], "tokens": 5, "grid": [2, 2], "prefix": 1, "share": [0.4, 0.6]},
     ]
     experts = {"stages.0.blocks.0.mlp.fc1": "0110000011111111", "stages.1.blocks.0.attn.qkv": "10110"}
-    pictures = [{"name": f"{n}.png", "image": PNG, "width": 8, "height": 8, "label": n, "predicted": "cat", "experts": experts} for n in ("cat", "dog")]
-    values = {"model": {"name": "pvt_v2_b0", "args": {}}, "recipe": {"name": recipe}, "file": None, "images": 10, "layers": layers, "pictures": pictures, "conditions": CONDITIONS}
+    pictures = [
+        {"name": f"{n}.png", "image": PNG, "width": 8, "height": 8, "label": n, "predicted": "cat", "experts": experts} for n in ("cat", "dog")
+    ]
+    values = {
+        "model": {"name": "pvt_v2_b0", "args": {}},
+        "recipe": {"name": recipe},
+        "file": None,
+        "images": 10,
+        "layers": layers,
+        "pictures": pictures,
+        "conditions": CONDITIONS,
+    }
     return stamped("dispatch", values | more)
 
 
 def engine(image_size: int = 224) -> dict[str, Any]:
     rows = [
-        {"model": "pvt_v2_b0", "batch": 1, "contender": "engine ours-quant-moe bfloat16", "status": "measured", "median_us": 500.0, "low_us": 490.0, "high_us": 520.0, "images_per_s": 2000.0},
+        {
+            "model": "pvt_v2_b0",
+            "batch": 1,
+            "contender": "engine ours-quant-moe bfloat16",
+            "status": "measured",
+            "median_us": 500.0,
+            "low_us": 490.0,
+            "high_us": 520.0,
+            "images_per_s": 2000.0,
+        },
         {"model": "pvt_v2_b0", "batch": 32, "contender": "timm float16 eager", "status": "wrong", "error": 1.0},
     ]
     return stamped("engine-bench", {"conditions": CONDITIONS, "rows": rows})
@@ -64,7 +85,18 @@ def engine(image_size: int = 224) -> dict[str, Any]:
 
 def view(row: str, psnr: float = 27.0, **more: Any) -> dict[str, Any]:
     views = [{"name": str(i), "psnr": psnr, "ssim": 0.9, "lpips": None, "seconds": 1.0} for i in range(2)]
-    values = {"row": row, "scene": "fern", "width": 504, "height": 378, "psnr": psnr, "ssim": 0.9, "lpips": None, "seconds_per_image": 1.0, "views": views, "conditions": CONDITIONS}
+    values = {
+        "row": row,
+        "scene": "fern",
+        "width": 504,
+        "height": 378,
+        "psnr": psnr,
+        "ssim": 0.9,
+        "lpips": None,
+        "seconds_per_image": 1.0,
+        "views": views,
+        "conditions": CONDITIONS,
+    }
     return stamped("nvs-evaluate", values | more)
 
 
@@ -78,7 +110,12 @@ def put(folder: Path, name: str, values: dict[str, Any]) -> Path:
 
 def log(folder: Path, name: str, finished: bool = True) -> Path:
     """A run's log, and its result if it finished."""
-    events = [{"time": 1, "event": "step", "stage": stage, "epoch": epoch, "step": step, "loss": 2.0 - 0.1 * stage, "lr": 1e-3} for stage in (0, 1) for epoch in (0, 1) for step in (5, 10)]
+    events = [
+        {"time": 1, "event": "step", "stage": stage, "epoch": epoch, "step": step, "loss": 2.0 - 0.1 * stage, "lr": 1e-3}
+        for stage in (0, 1)
+        for epoch in (0, 1)
+        for step in (5, 10)
+    ]
     path = folder / name / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "st')

@@ -62,7 +62,11 @@ def test_a_model_without_mixtures_is_refused():
 
 def test_the_command_writes_what_the_report_reads(model, tmp_path):
     torch.manual_seed(0)
-    save(model, tmp_path / "m.safetensors", metadata={"shiftaddvit.images": json.dumps({"image_size": [32, 32], "crop_pct": 1.0, "classes": list("vwxyz")})})
+    save(
+        model,
+        tmp_path / "m.safetensors",
+        metadata={"shiftaddvit.images": json.dumps({"image_size": [32, 32], "crop_pct": 1.0, "classes": list("vwxyz")})},
+    )
     for name, value in (("v", 40), ("w", 200)):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(2):

@@ -38,7 +38,9 @@ def test_the_card_says_what_is_known(model, tmp_path):
     assert "**81.25 %** (95 % interval 79.00 … 83.30)" in text and "1,200 images of My Birds" in text and "float32, batch 50 on some CPU" in text
     assert f"{report.bytes:,} bytes" in text and "mixture of experts" in text and "two stages" in text
     head = front_matter(text)
-    assert head["license"] == "mit" and {"pvt_v2_b0", "ours-quant-moe", "image-classification"} <= set(head["tags"]) and head["datasets"] == ["my-birds"]
+    assert (
+        head["license"] == "mit" and {"pvt_v2_b0", "ours-quant-moe", "image-classification"} <= set(head["tags"]) and head["datasets"] == ["my-birds"]
+    )
     metric = head["model-index"][0]["results"][0]["metrics"][0]
     assert metric["type"] == "accuracy" and metric["value"] == 81.25 and metric["verified"] is False
 

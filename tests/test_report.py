@@ -179,7 +179,11 @@ def test_published_and_measured_are_columns_of_their_own(folder):
         made = table(found, number)
         for column, cells_ in zip(made.columns, zip(*made.rows, strict=True), strict=True):
             kinds = {cell.kind for cell in cells_}
-            allowed = {"published": {"published", "none"}, "measured here": {"measured", "not run", "none", "text"}, "modelled here": {"modelled", "not run"}}
+            allowed = {
+                "published": {"published", "none"},
+                "measured here": {"measured", "not run", "none", "text"},
+                "modelled here": {"modelled", "not run"},
+            }
             assert kinds <= allowed.get(column.group, {"text"}), (made.title, column)
 
 
@@ -301,7 +305,12 @@ def test_texts_of_files_never_become_elements(hostile):
     assert "</script" not in page.texts["script"][0]
 
 
-TRICKY = Table("t", "a_b & c", (Column("row", "", False), Column("top-1 %", "measured")), ((words("x|y_1 <b>"), Cell("measured", "1.50", 1.5)), (words("=1+1"), NOT_RUN)))
+TRICKY = Table(
+    "t",
+    "a_b & c",
+    (Column("row", "", False), Column("top-1 %", "measured")),
+    ((words("x|y_1 <b>"), Cell("measured", "1.50", 1.5)), (words("=1+1"), NOT_RUN)),
+)
 
 
 def test_tables_escape_what_each_language_needs():
@@ -318,7 +327,16 @@ def test_figures_and_tables_for_papers(folder, tmp_path):
 
     written = write_report([folder / "dispatch.json", folder / "energy" / "dense.json"], tmp_path / "r.html", figures=tmp_path / "out")
     names = {path.name for path in written.figures}
-    assert {"regions-0.svg", "regions-0.png", "energy-0.svg", "shares-0.png", "published-latency.svg", "ablation-0.tex", "ablation-0.md", "ablation-0.csv"} <= names
+    assert {
+        "regions-0.svg",
+        "regions-0.png",
+        "energy-0.svg",
+        "shares-0.png",
+        "published-latency.svg",
+        "ablation-0.tex",
+        "ablation-0.md",
+        "ablation-0.csv",
+    } <= names
     for path in written.figures:
         assert path.stat().st_size > 100
         if path.suffix == ".svg":

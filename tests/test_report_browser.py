@@ -119,7 +119,9 @@ def test_the_theme_can_be_switched_and_values_are_told_on_focus(driver):
     first = driver.execute_script(colour)
     driver.execute_script("document.getElementById('theme').click()")
     assert driver.execute_script(colour) != first
-    told = driver.execute_script("document.querySelector('.mark').focus(); const t = document.getElementById('tip'); return [t.hidden, t.textContent, t.style.left]")
+    told = driver.execute_script(
+        "document.querySelector('.mark').focus(); const t = document.getElementById('tip'); return [t.hidden, t.textContent, t.style.left]"
+    )
     assert told[0] is False and "top-1" in told[1] and told[2].endswith("px")
 
 

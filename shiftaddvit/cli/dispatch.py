@@ -15,7 +15,9 @@ def dispatch(
     file: Annotated[Path, typer.Argument(help="A .safetensors file that shiftaddvit wrote, of a model with mixtures of experts.")],
     images: Annotated[Path, typer.Argument(help="Folder of pictures; a picture's folder, if it names a class of the model, is its label.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .json file to write; 'shiftaddvit report' reads it.")] = Path("dispatch.json"),
-    count: Annotated[int, typer.Option("--images", help="Run the model on so many pictures, spread over the folder; the shares are over all of them.")] = 64,
+    count: Annotated[
+        int, typer.Option("--images", help="Run the model on so many pictures, spread over the folder; the shares are over all of them.")
+    ] = 64,
     show: Annotated[int, typer.Option(help="Keep the maps of so many of them, with small copies of the pictures.")] = 8,
     image_size: options.ImageSize = None,
     crop_pct: options.CropPct = None,
@@ -57,6 +59,7 @@ def dispatch(
     described = {**facts, "file": str(file), "data": str(images)}
     write_json(output, stamped("dispatch", described | found.to_json() | {"conditions": conditions("cpu", image_size=list(form.size))}))
     typer.echo(
-        f"{len(found.layers)} mixtures, {found.images} images: {100 * found.shift_share:.1f} % of the tokens go to a shift expert; written: {output}\n"
+        f"{len(found.layers)} mixtures, {found.images} images: {100 * found.shift_share:.1f} % of the tokens go to a shift expert\n"
+        f"written: {output}\n"
         f"next: shiftaddvit report {output}"
     )

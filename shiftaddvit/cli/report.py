@@ -33,6 +33,9 @@ def report(
     written = write_report(runs, target, title=title, figures=figures)
     for entry in written.skipped:
         typer.echo(f"left out: {entry.path} {entry.reason}", err=True)
-    typer.echo(f"written: {written.page} ({written.bytes / 1000:,.0f} kB) from {written.files} result file{'s' if written.files != 1 else ''}; open it in a browser")
+    typer.echo(
+        f"written: {written.page} ({written.bytes / 1000:,.0f} kB) from {written.files} result file{'s' if written.files != 1 else ''}; "
+        "open it in a browser"
+    )
     if written.figures:
         typer.echo(f"written: {len(written.figures)} figures and tables in {figures}")

@@ -73,7 +73,9 @@ class Dispatch:
     @property
     def shift_share(self) -> float:
         """Share of all tokens of all mixtures that go to a shift expert."""
-        shifted = sum(layer.tokens * share for layer in self.layers for share, kind in zip(layer.share, layer.experts, strict=True) if kind == "shift")
+        shifted = sum(
+            layer.tokens * share for layer in self.layers for share, kind in zip(layer.share, layer.experts, strict=True) if kind == "shift"
+        )
         return shifted / sum(layer.tokens for layer in self.layers)
 
     def to_json(self) -> dict[str, Any]:

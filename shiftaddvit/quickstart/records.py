@@ -39,7 +39,9 @@ def write_dispatch(model: nn.Module, embedded: EmbeddedImages, path: Path, devic
     images, labels = embedded.test_images[order], embedded.test_labels[order]
     inputs = torch.cat([batch for batch, _ in test_loader(images, labels, device)])
     names = [CLASS_NAMES[label] for label in labels[:SHOWN]]
-    found = dispatch(model, inputs, torch.from_numpy(as_model_input(images[:SHOWN])), [f"test image {number}" for number in order[:SHOWN]], names, CLASS_NAMES)
+    found = dispatch(
+        model, inputs, torch.from_numpy(as_model_input(images[:SHOWN])), [f"test image {number}" for number in order[:SHOWN]], names, CLASS_NAMES
+    )
     recipe = model.shiftaddvit_recipe.to_dict()
     described = {"model": MODEL, "recipe": recipe, "file": None, "data": DATA}
     write_json(path, stamped("dispatch", described | found.to_json() | {"conditions": conditions(device, image_size=[SIDE, SIDE])}))

@@ -159,7 +159,10 @@ def table(found: Comparison, number: int) -> Table:
 def _notes(found: Comparison) -> list[str]:
     notes = []
     if found.published:
-        notes.append("Published: ImageNet-1k at 224×224, latency at batch 1 and throughput on an RTX 3090; † compiled with TVM, * simulated as if experts ran in parallel for free.")
+        notes.append(
+            "Published: ImageNet-1k at 224×224, latency at batch 1 and throughput on an RTX 3090; † compiled with TVM, "
+            "* simulated as if experts ran in parallel for free."
+        )
     if found.control is not None:
         notes.append(f"Differences are against “{found.control.label}” on the same images, image by image, with the 95 % interval of the pairs.")
     if any(line.energy for line in found.lines):
@@ -185,7 +188,13 @@ def _paper(result: PublishedResult | None) -> list[Cell]:
     if result.latency_ms is not None:
         extra = f" / {result.modularised_ms:.2f}*" if result.modularised_ms else ""
         latency = Cell("published", f"{result.latency_ms:.2f}{mark}{extra}", result.latency_ms, how)
-    top1 = Cell("published", f"{result.top1:.2f}", result.top1) if result.top1 is not None else Cell("published", "NaN", None, "the paper prints NaN") if result.diverged else NONE
+    top1 = (
+        Cell("published", f"{result.top1:.2f}", result.top1)
+        if result.top1 is not None
+        else Cell("published", "NaN", None, "the paper prints NaN")
+        if result.diverged
+        else NONE
+    )
     rate = NONE if result.images_per_s is None else Cell("published", f"{result.images_per_s:.0f}{mark}", result.images_per_s, how)
     return [top1, latency, rate, NONE if result.energy_mj is None else Cell("published", f"{result.energy_mj:.2f}", result.energy_mj)]
 
@@ -196,9 +205,16 @@ def _accuracy(line: Line) -> Cell:
     first = line.runs[0].accuracy
     if len(line.runs) > 1:
         spread = sqrt(sum((run.accuracy.top1 - line.top1) ** 2 for run in line.runs) / (len(line.runs) - 1))
-        return Cell("measured", f"{line.top1:.2f} ± {spread:.2f}", line.top1, f"mean and standard deviation of {len(line.runs)} runs, {first.images:,} images each")
+        return Cell(
+            "measured",
+            f"{line.top1:.2f} ± {spread:.2f}",
+            line.top1,
+            f"mean and standard deviation of {len(line.runs)} runs, {first.images:,} images each",
+        )
     low, high = first.interval95
-    return Cell("measured", f"{line.top1:.2f}", line.top1, f"95 % interval {low:.2f} … {high:.2f}, {first.images:,} images; {line.runs[0].source.path}")
+    return Cell(
+        "measured", f"{line.top1:.2f}", line.top1, f"95 % interval {low:.2f} … {high:.2f}, {first.images:,} images; {line.runs[0].source.path}"
+    )
 
 
 def _difference(line: Line, control: Line | None) -> Cell:
@@ -218,7 +234,12 @@ def _difference(line: Line, control: Line | None) -> Cell:
         differences.append(100 * (only_first - only_second) / images)
         halves.append((high - low) / 2)
     mean, half = sum(differences) / len(pairs), sqrt(sum(h * h for h in halves) / len(pairs))
-    return Cell("measured", f"{mean:+.2f} ± {half:.2f}".replace("-", "−"), mean, f"paired 95 % interval, {len(pairs)} pair{'s' if len(pairs) > 1 else ''} of runs")
+    return Cell(
+        "measured",
+        f"{mean:+.2f} ± {half:.2f}".replace("-", "−"),
+        mean,
+        f"paired 95 % interval, {len(pairs)} pair{'s' if len(pairs) > 1 else ''} of runs",
+    )
 
 
 def _paired(run: RunResult, other: RunResult, by_seed: bool) -> bool:
@@ -231,7 +252,12 @@ def _latency(line: Line) -> Cell:
     if speed is None:
         return NOT_RUN
     device, dtype = speed.source.conditions.get("device", "?"), speed.source.conditions.get("dtype", "?")
-    return Cell("measured", f"{speed.median_us / 1000:.3f}", speed.median_us / 1000, f"batch 1, {dtype}, {device}; {speed.low_us:.0f} … {speed.high_us:.0f} µs")
+    return Cell(
+        "measured",
+        f"{speed.median_us / 1000:.3f}",
+        speed.median_us / 1000,
+        f"batch 1, {dtype}, {device}; {speed.low_us:.0f} … {speed.high_us:.0f} µs",
+    )
 
 
 def _throughput(line: Line) -> Cell:

@@ -8,9 +8,9 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_write
 
 from .charts import Bars, Chart, Lines, Scatter, front
+from .dispatched import DispatchResult
 from .maps import block_and_linear
 from .page import Content
-from .results import DispatchResult
 from .tables import as_csv, as_latex, as_markdown
 
 COLOURS = ("#1f5fbf", "#d1570a", "#1b7a43", "#8a3ea8", "#b3123f", "#0b7d8c", "#7a6200", "#4a4f58")
@@ -88,7 +88,9 @@ def _regions(found: DispatchResult, plt: ModuleType) -> Any:
     drawn = [mixture for mixture in found.mixtures if mixture.grid]
     layers = [drawn[number * len(drawn) // min(6, len(drawn))] for number in range(min(6, len(drawn)))]
     pictures = found.pictures[:4]
-    figure, axes = plt.subplots(len(pictures), len(layers) + 1, figsize=(1.25 * (len(layers) + 1), 1.35 * len(pictures)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(pictures), len(layers) + 1, figsize=(1.25 * (len(layers) + 1), 1.35 * len(pictures)), layout="constrained", squeeze=False
+    )
     for row, picture in zip(axes, pictures, strict=True):
         image = _image(picture.image)
         for axis, mixture in zip(row, [None, *layers], strict=True):

@@ -11,9 +11,18 @@ from typing import Any
 from shiftaddvit.intervals import wilson_interval
 
 from .fields import Fields, Unusable
+from .networks import image_size, model_ref, recipe_name
 from .read_costs import read_energies, read_energy, read_engine, read_ops, read_sweep
 from .read_dispatch import read_dispatch
-from .results import Accuracy, ModelRef, Results, RunResult, SensitivityResult, Source, ViewResult
+from .results import (
+    Accuracy,
+    ModelRef,
+    Results,
+    RunResult,
+    SensitivityResult,
+    ViewResult,
+)
+from .sources import Source
 
 _SEED = re.compile(r"-s(\d+)$")
 _UNSHARED = ("seed", "log_every", "checkpoint_minutes", "tensorboard", "evaluate_every", "compile", "channels_last")
@@ -44,29 +53,6 @@ def accuracy(values: Fields) -> Accuracy:
     return Accuracy(top1, top5, (interval[0], interval[1]), images, right, values.text("labels_digest"))
 
 
-def model_ref(values: Fields, size: tuple[int, int] | None) -> ModelRef:
-    """The network that `model` names: an object with name and arguments, or a name alone."""
-    model = values.values.get("model")
-    if isinstance(model, str):
-        return ModelRef(model, "", size)
-    fields = values.fields("model")
-    args = fields.values.get("args") or {}
-    kept = {key: value for key, value in args.items() if key not in ("num_classes", "drop_path_rate", "drop_rate", "img_size")} if isinstance(args, Mapping) else {}
-    given = args.get("img_size") if isinstance(args, Mapping) else None
-    if size is None and isinstance(given, int):
-        size = (given, given)
-    return ModelRef(fields.text("name"), _canonical(kept) if kept else "", size)
-
-
-def recipe_name(recipe: object) -> str:
-    """The name of a recipe as result files have it: None, a name, or an object with a name."""
-    if recipe is None:
-        return "dense"
-    if isinstance(recipe, str):
-        return recipe
-    return str(recipe.get("name") or "unnamed recipe") if isinstance(recipe, Mapping) else "unnamed recipe"
-
-
 def read_finetune(values: Fields, source: Source, found: Results) -> None:
     """A run with an evaluation; one without has only its curve."""
     if "evaluation" not in values:
@@ -84,13 +70,22 @@ def read_finetune(values: Fields, source: Source, found: Results) -> None:
     name = name.removeprefix(f"{model.name}-") or name
     data = values.word("data", "data set not recorded")
     found.runs.append(
-        RunResult(model, data, recipe_name(recipe), _canonical([recipe, config]), name, accuracy(evaluation), number if isinstance(number, int) else None, source)
+        RunResult(
+            model,
+            data,
+            recipe_name(recipe),
+            _canonical([recipe, config]),
+            name,
+            accuracy(evaluation),
+            number if isinstance(number, int) else None,
+            source,
+        )
     )
 
 
 def read_quickstart(values: Fields, source: Source, found: Results) -> None:
     """All its rows."""
-    model = model_ref(values, (32, 32)) if "model" in values else ModelRef("pvt_v2_b0", "quickstart", (32, 32))
+    model = model_ref(values, image_size(values.values.get("image_size"))) if "model" in values else ModelRef("pvt_v2_b0", "quickstart", (32, 32))
     data = values.word("data", "Fashion-MNIST, the embedded part")
     seed = values.count("seed")
     for row in values.each("rows"):
@@ -99,7 +94,19 @@ def read_quickstart(values: Fields, source: Source, found: Results) -> None:
         row.agree("removed", removed, 1 - mults / dense)
         share = row.maybe("shift_share", 0, 1)
         found.runs.append(
-            RunResult(model, data, row.word("recipe", "dense"), "quickstart", row.text("name"), accuracy(row.fields("evaluation")), seed, source, share, removed, row.count("bytes", 1))
+            RunResult(
+                model,
+                data,
+                row.word("recipe", "dense"),
+                "quickstart",
+                row.text("name"),
+                accuracy(row.fields("evaluation")),
+                seed,
+                source,
+                share,
+                removed,
+                row.count("bytes", 1),
+            )
         )
 
 
@@ -149,7 +156,9 @@ def read_view_scores(values: Fields, source: Source, found: Results) -> None:
 def read_view_times(values: Fields, source: Source, found: Results) -> None:
     """Seconds and modelled joules an image."""
     scene = f"{values.text('scene')}, {values.count('width', 1)}×{values.count('height', 1)}"
-    rows = [ViewResult(row.text("row"), scene, None, None, None, row.number("seconds", 0), row.maybe("joules", 0), source) for row in values.each("rows")]
+    rows = [
+        ViewResult(row.text("row"), scene, None, None, None, row.number("seconds", 0), row.maybe("joules", 0), source) for row in values.each("rows")
+    ]
     found.views += rows
 
 
@@ -166,10 +175,7 @@ def _row_of_file(model: str) -> str:
 
 def _size(evaluation: Fields) -> tuple[int, int] | None:
     conditions = evaluation.values.get("conditions")
-    size = conditions.get("image_size") if isinstance(conditions, Mapping) else None
-    if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and not isinstance(side, bool) for side in size):
-        return size[0], size[1]
-    return None
+    return image_size(conditions.get("image_size")) if isinstance(conditions, Mapping) else None
 
 
 def _pair(values: Fields, key: str) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .results import DispatchResult, Mixture
+from .dispatched import DispatchResult, Mixture
 
 _WORDS = {
     "qkv": "q, k, v", "q": "q", "k": "k", "v": "v", "kv": "k, v", "proj": "projection", "fc1": "MLP in", "fc2": "MLP out", "mlp": "MLP",
@@ -70,7 +70,9 @@ def block_and_linear(name: str) -> tuple[str, str]:
     end = numbers[-1] + 1
     block = []
     for piece, number in zip(pieces[:end:2], pieces[1:end:2], strict=False):
-        block.append(f"{ {'stages': 'stage', 'blocks': 'block', 'layers': 'layer'}.get(piece, piece) } {int(number) + 1 if number.isdigit() else number}")
+        block.append(
+            f"{ {'stages': 'stage', 'blocks': 'block', 'layers': 'layer'}.get(piece, piece) } {int(number) + 1 if number.isdigit() else number}"
+        )
     rest = [piece for piece in pieces[end:] if piece not in ("attn", "mlp")] or pieces[end:]
     return " · ".join(block) or name, " ".join(_WORDS.get(piece, piece) for piece in rest) or "all"
 

@@ -12,15 +12,23 @@ from shiftaddvit import __version__
 from shiftaddvit.errors import UserError
 from shiftaddvit.published import classification
 
-from . import maps, sections, tables
+from . import charted, maps, tables, tabulated
 from .ablation import DESIGN, Comparison, comparisons
 from .ablation import table as ablation_table
 from .charts import Bars, Chart, Lines, Scatter
-from .results import DispatchResult, Results
+from .dispatched import DispatchResult
+from .results import Results
 from .svg import draw
 from .tables import Cell, Table
 
-MARK_WORDS = {"published": "published", "measured": "measured", "modelled": "modelled, not measured", "not run": "not run", "none": "no such number", "text": ""}
+MARK_WORDS = {
+    "published": "published",
+    "measured": "measured",
+    "modelled": "modelled, not measured",
+    "not run": "not run",
+    "none": "no such number",
+    "text": "",
+}
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,14 @@ class Content:
 def content(results: Results) -> Content:
     """Arrange what was read."""
     found = comparisons(results)
-    measured = tuple(chart for number, one in enumerate(found) for chart in sections.measured_tradeoffs(one, number))
+    measured = tuple(chart for number, one in enumerate(found) for chart in charted.measured_tradeoffs(one, number))
     energies = [energy for energy in results.energies if energy.layers]
-    others = (sections.sensitivity_table(results), sections.view_table(results.views), sections.speed_table(results), sections.op_table(results))
+    others = (tabulated.sensitivity_table(results), tabulated.view_table(results.views), tabulated.speed_table(results), tabulated.op_table(results))
     return Content(
-        results, found, tuple(ablation_table(one, number) for number, one in enumerate(found)), measured + sections.published_tradeoffs(),
-        sections.energy_totals(energies), tuple(sections.energy_by_layer(energy, number) for number, energy in enumerate(energies)),
-        sections.share_charts(results), sections.curve_charts(results.curves), tuple(table for table in others if table is not None),
-        tuple(sections.energy_table(energy, number) for number, energy in enumerate(energies)),
+        results, found, tuple(ablation_table(one, number) for number, one in enumerate(found)), measured + charted.published_tradeoffs(),
+        charted.energy_totals(energies), tuple(charted.energy_by_layer(energy, number) for number, energy in enumerate(energies)),
+        charted.share_charts(results), charted.curve_charts(results.curves), tuple(table for table in others if table is not None),
+        tuple(tabulated.energy_table(energy, number) for number, energy in enumerate(energies)),
     )  # fmt: skip
 
 
@@ -106,9 +114,17 @@ def tiles(found: Content) -> tuple[Tile, ...]:
         removed = [(run.removed, line.label) for line in converted for run in line.runs if run.removed is not None]
         if removed:
             made.append(Tile(f"{100 * max(removed)[0]:.0f} %", f"of the multiplications are gone in the row {max(removed)[1]}", "measured"))
-        saved = [(1 - line.energy.mj_per_image / one.control.energy.mj_per_image, line.label) for line in converted if line.energy and one.control.energy]
+        saved = [
+            (1 - line.energy.mj_per_image / one.control.energy.mj_per_image, line.label) for line in converted if line.energy and one.control.energy
+        ]
         if saved and max(saved)[0] > 0:
-            made.append(Tile(f"{100 * max(saved)[0]:.0f} %", f"less energy than the dense model in the row {max(saved)[1]}, by the analytical model", "modelled"))
+            made.append(
+                Tile(
+                    f"{100 * max(saved)[0]:.0f} %",
+                    f"less energy than the dense model in the row {max(saved)[1]}, by the analytical model",
+                    "modelled",
+                )
+            )
         return tuple(made)
     return ()
 
@@ -121,7 +137,11 @@ def chart_table(chart: Chart) -> Table:
     else:
         columns = (tables.Column("", "", False), tables.Column(chart.x_label), tables.Column(chart.y_label))
         rows = tuple(
-            (tables.words(series.name if isinstance(chart, Lines) else point.label), Cell("text", f"{point.x:.4g}", point.x), Cell("text", f"{point.y:.4g}", point.y))
+            (
+                tables.words(series.name if isinstance(chart, Lines) else point.label),
+                Cell("text", f"{point.x:.4g}", point.x),
+                Cell("text", f"{point.y:.4g}", point.y),
+            )
             for series in chart.series
             for point in series.points
         )
@@ -145,7 +165,17 @@ def _data(dispatches: list[DispatchResult]) -> str:
     """What the script needs to draw another layer, safe inside a script element."""
     value = [
         {
-            "layers": [{"label": ", ".join(maps.block_and_linear(m.name)), "name": m.name, "experts": m.experts, "grid": m.grid, "prefix": m.prefix, "share": m.shift_share} for m in one.mixtures],
+            "layers": [
+                {
+                    "label": ", ".join(maps.block_and_linear(m.name)),
+                    "name": m.name,
+                    "experts": m.experts,
+                    "grid": m.grid,
+                    "prefix": m.prefix,
+                    "share": m.shift_share,
+                }
+                for m in one.mixtures
+            ],
             "pictures": [[picture.experts[m.name] for m in one.mixtures] for picture in one.pictures],
         }
         for one in dispatches
@@ -176,5 +206,5 @@ def _environment() -> Any:
     environment.filters |= {
         "svg": lambda chart: Markup(draw(chart)), "markdown": tables.as_markdown, "latex": tables.as_latex, "csv": tables.as_csv, "raw": Markup,
     }  # fmt: skip
-    environment.globals |= {"design": DESIGN, "maps": maps, "level_names": tuple(sections.LEVEL_NAMES.values())}
+    environment.globals |= {"design": DESIGN, "maps": maps, "level_names": tuple(charted.LEVEL_NAMES.values())}
     return environment

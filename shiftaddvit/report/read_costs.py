@@ -1,11 +1,12 @@
 """Readers of energies and of times."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from .fields import Fields
-from .results import EnergyResult, LayerEnergy, ModelRef, OpResult, Results, Source, SpeedResult
+from .networks import image_size, model_ref
+from .results import EnergyResult, LayerEnergy, ModelRef, OpResult, Results, SpeedResult
+from .sources import Source
 
 LEVELS = ("dram", "buffer", "noc", "rf", "compute")
 
@@ -42,9 +43,7 @@ def _energy(values: Fields, whole: Fields, source: Source, recipe: str | None) -
         layers.append(LayerEnergy(layer.text("name"), layer.text("kind"), layer.text("primitive"), in_mj))
     stated = values.number("total_mj", 0)
     values.agree("total_mj", stated, total * scale * 1e-9)
-    size = settings.values.get("image_size")
-    size = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size) else None
-    model, name = _subject(values, whole, size, recipe)
+    model, name = _subject(values, whole, image_size(settings.values.get("image_size")), recipe)
     shares = tuple((entry.text("mixture"), _shift_share(entry)) for entry in values.each("tokens")) if "tokens" in values else ()
     described = settings.word("shift_share_source")
     kept = {key: value for key, value in settings.values.items() if key not in ("shift_share", "shift_share_source", "bits")}
@@ -59,10 +58,7 @@ def _subject(values: Fields, whole: Fields, size: tuple[int, int] | None, recipe
         name, _, applied = values.text("model").rpartition(", ")
         return ModelRef(name or applied, "", size), recipe or applied
     subject = whole.fields("subject")
-    model = subject.fields("model")
-    args = model.values.get("args") or {}
-    kept = {key: value for key, value in args.items() if key not in ("num_classes", "drop_path_rate", "drop_rate", "img_size")} if isinstance(args, Mapping) else {}
-    return ModelRef(model.text("name"), json.dumps(kept, sort_keys=True) if kept else "", size), recipe or subject.text("recipe")
+    return model_ref(subject, size), recipe or subject.text("recipe")
 
 
 def _shift_share(entry: Fields) -> float:
@@ -87,8 +83,7 @@ def read_engine(values: Fields, source: Source, found: Results) -> None:
             row.agree("images_per_s", row.number("images_per_s", 0), batch / times["median_us"] * 1e6)
         words = contender.split()
         recipe = words[1] if len(words) == 3 and words[0] == "engine" else None
-        size = row.values.get("image_size")
-        size = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) and len(size) == 2 else (224, 224)
+        size = image_size(row.values.get("image_size")) or (224, 224)
         rows.append(SpeedResult(ModelRef(row.text("model"), "", size), contender, recipe, batch, status, source=source, **times))
     found.speeds += rows
 

@@ -1,10 +1,12 @@
 """Reader of dispatch files: pictures, and one digit for each token."""
 
 import re
-from collections.abc import Mapping
 
+from .dispatched import DispatchResult, Mixture, Picture
 from .fields import Fields
-from .results import DispatchResult, Mixture, Picture, Results, Source
+from .networks import recipe_name
+from .results import Results
+from .sources import Source
 
 _IMAGE = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}\Z")
 """Pictures of points only: an SVG could hold a script."""
@@ -16,8 +18,7 @@ def read_dispatch(values: Fields, source: Source, found: Results) -> None:
     if not mixtures:
         values.fail("has no layers")
     pictures = tuple(_picture(entry, mixtures) for entry in values.each("pictures"))
-    model, recipe = values.fields("model").text("name"), values.values.get("recipe")
-    name = str(recipe.get("name") or "unnamed recipe") if isinstance(recipe, Mapping) else "dense"
+    model, name = values.fields("model").text("name"), recipe_name(values.values.get("recipe"))
     found.dispatches.append(DispatchResult(f"{model}, {name}", values.word("data"), values.count("images", 1), mixtures, pictures, source))
 
 

@@ -11,7 +11,8 @@ from shiftaddvit.schema import ANNOTATIONS, STAMP, VERSIONS, digest
 from .fields import Fields, Unusable
 from .kinds import READERS
 from .logs import read_curve
-from .results import Results, Skipped, Source
+from .results import Results, Skipped
+from .sources import Source
 
 LARGEST = 256 * 2**20
 """A larger file is no result of ours."""
@@ -127,6 +128,10 @@ def _source(path: Path, kind: str, values: Mapping[str, Any]) -> Source:
     conditions = values.get("conditions")
     if not isinstance(conditions, Mapping) and isinstance(values.get("evaluation"), Mapping):
         conditions = values["evaluation"].get("conditions")
-    conditions = {str(key): value for key, value in conditions.items() if isinstance(value, (str, int, float, bool))} if isinstance(conditions, Mapping) else {}
+    conditions = (
+        {str(key): value for key, value in conditions.items() if isinstance(value, (str, int, float, bool))}
+        if isinstance(conditions, Mapping)
+        else {}
+    )
     texts = tuple((key, values[key]) for key in ANNOTATIONS if isinstance(values.get(key), str))
     return Source(str(path), kind, digest(values), str(conditions.get("time", "")), conditions, STAMP in values, texts)

@@ -1,27 +1,9 @@
 """What result files say, as data: one class for each thing the page shows."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-@dataclass(frozen=True)
-class Source:
-    """A file that was used."""
-
-    path: str
-    """As the reader found it."""
-    kind: str
-    """Of `schema.VERSIONS`."""
-    digest: str
-    """Of its values: the same file under two names counts once."""
-    time: str = ""
-    """When it was measured, ISO 8601; empty where it does not say."""
-    conditions: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
-    """Hardware, versions and the like."""
-    stamped: bool = True
-    """Whether it says itself what it is; files from before there were stamps are known by their form."""
-    texts: tuple[tuple[str, str], ...] = ()
-    """What a person added: data, command, note."""
+from .dispatched import DispatchResult
+from .sources import Source
 
 
 @dataclass(frozen=True)
@@ -242,65 +224,6 @@ class ViewResult:
     """An image."""
     joules: float | None
     """An image, modelled."""
-    source: Source
-    """Where from."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """One mixture of a dispatch file."""
-
-    name: str
-    """Module."""
-    experts: tuple[str, ...]
-    """`mult` or `shift`."""
-    grid: tuple[int, int] | None
-    """Rows and columns."""
-    prefix: int
-    """Tokens before the grid."""
-    tokens: int
-    """Of one image."""
-    share: tuple[float, ...]
-    """Of each expert."""
-
-    @property
-    def shift_share(self) -> float:
-        """Share of the tokens on a shift expert."""
-        return sum(share for share, kind in zip(self.share, self.experts, strict=True) if kind == "shift")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image with the experts of its tokens."""
-
-    name: str
-    """Of the image."""
-    image: str
-    """Data URI."""
-    size: tuple[int, int]
-    """Height and width in pixels."""
-    label: str
-    """Its class; empty where that is not known."""
-    predicted: str
-    """What the model says."""
-    experts: dict[str, str] = field(hash=False)
-    """By mixture, one digit a token."""
-
-
-@dataclass(frozen=True)
-class DispatchResult:
-    """Where a model's mixtures send what."""
-
-    title: str
-    """Model and recipe."""
-    data: str
-    """Of the images."""
-    images: int
-    """That the shares are over."""
-    mixtures: tuple[Mixture, ...]
-    """In the order of execution."""
-    pictures: tuple[Picture, ...]
-    """With their maps."""
     source: Source
     """Where from."""
 

@@ -118,7 +118,10 @@ def _scatter(chart: Scatter) -> str:
     obstacles = [(x - 8, y - 8, x + 8, y + 8) for x, y, _ in labels]
     for x, y, label in sorted(labels, key=lambda entry: entry[1]):
         body.append(_placed(x, y, label, obstacles, placed, height - axes.bottom))
-    about = f"{len(points)} points, {chart.y_label} against {chart.x_label}; the stepped line joins the points that no other beats in both. Values in the table below."
+    about = (
+        f"{len(points)} points, {chart.y_label} against {chart.x_label}; the stepped line joins the points that no other beats in both. "
+        "Values in the table below."
+    )
     return _frame(chart, height, body, about)
 
 

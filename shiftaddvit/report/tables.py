@@ -114,7 +114,11 @@ def as_latex(table: Table) -> str:
         lines.append(" & ".join(rf"\multicolumn{{{count}}}{{c}}{{{_latex(group)}}}" for group, count in table.groups) + r" \\")
     lines += [" & ".join(_latex(column.title) for column in table.columns) + r" \\", r"\midrule"]
     lines += [" & ".join(map(_latex_cell, row)) + r" \\" for row in table.rows]
-    lines += [r"\bottomrule", r"\end{tabular}", r"\par\footnotesize\textit{Italics}: published; upright: measured; $^\dagger$: modelled energy, never measured."]
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\par\footnotesize\textit{Italics}: published; upright: measured; $^\dagger$: modelled energy, never measured.",
+    ]
     return "\n".join([*lines, *(rf"\par {_latex(note)}" for note in table.notes), r"\end{table}"]) + "\n"
 
 
