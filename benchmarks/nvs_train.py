@@ -28,6 +28,7 @@ from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
 from shiftaddvit.nvs.output import score_table
 from shiftaddvit.nvs.pictures import write_png
 from shiftaddvit.nvs.render import make_renderer
+from shiftaddvit.schema import stamped
 from shiftaddvit.nvs.scene import Scene
 from shiftaddvit.nvs.train import NvsTrainConfig, train
 from shiftaddvit.nvs.video import depth_picture, error_picture
@@ -112,7 +113,8 @@ def main() -> None:
         score = evaluate(renderer, seen=keep)
         print(score_table(score), flush=True)
         facts = conditions(arguments.device, seed=arguments.seed, precision=arguments.precision)
-        write_json(done, {"row": row} | score.to_dict() | {"budget": budget, "seconds_in_all": time.monotonic() - start, "conditions": facts})
+        more = {"budget": budget, "seconds_in_all": time.monotonic() - start, "conditions": facts}
+        write_json(done, stamped("nvs-evaluate", {"row": row} | score.to_dict() | more))
 
 
 if __name__ == "__main__":

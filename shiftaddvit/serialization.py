@@ -5,6 +5,7 @@ import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +17,13 @@ from shiftaddvit.files import atomic_write
 from shiftaddvit.layers.hashing import KernelHash
 from shiftaddvit.layers.packed import is_packed, pack
 from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.model_card import ModelFacts, write_card
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.reparam.architecture import Architecture, architecture_of, dense_skeleton
 
 FORMAT = 1
+HEADER = "shiftaddvit"
+"""The key of the file's own header among its strings."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class SaveReport:
     """Size of the dense model's weights in float32."""
     packed: bool
     """Whether shift layers are stored as integer codes."""
+    card: str | None = None
+    """The card beside it; None where files of the user's own are in the way."""
 
     @property
     def ratio(self) -> float:
@@ -57,18 +63,26 @@ def round_dense(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Modu
     return model
 
 
-def save(model: nn.Module, path: str | os.PathLike, *, packed: bool = False, metadata: dict[str, str] | None = None) -> SaveReport:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    packed: bool = False,
+    metadata: dict[str, str] | None = None,
+    facts: ModelFacts = ModelFacts(),
+) -> SaveReport:
     """Write `model` (converted or dense) to one safetensors file, atomically; lossless.
 
     A float32 tensor whose values all fit float16 exactly is stored as float16 (see `round_dense`). With `packed`, shift layers are
     stored as 4- or 5-bit codes: the loaded model computes exactly what `model` does, and no longer trains. `metadata` adds strings
-    (class names, a result) that `read_metadata` gives back. Raises UserError for a model whose architecture cannot be named.
+    (class names, a result) that `read_metadata` gives back. A model card is written beside the file (`model_card.card_path` says where);
+    `facts` are what it says of accuracy, data and origin. Raises UserError for a model whose architecture cannot be named.
     """
     architecture = architecture_of(model)
     recipe = getattr(model, "shiftaddvit_recipe", None)
     dense = dense_skeleton(architecture)
     dense_bytes = 4 * sum(p.numel() for p in dense.parameters())
-    if metadata and "shiftaddvit" in metadata:
+    if metadata and HEADER in metadata:
         raise UserError("metadata key 'shiftaddvit' is the file's own header: choose another")
     packed = packed or is_packed(model)
     written = pack(deepcopy(model)) if packed else model
@@ -80,13 +94,15 @@ def save(model: nn.Module, path: str | os.PathLike, *, packed: bool = False, met
         "packed": packed,
     }
     tensors = {name: _shrink(tensor.detach().cpu()) for name, tensor in written.state_dict().items()}
-    strings = {"shiftaddvit": json.dumps(header), "format": "pt"} | (metadata or {})
+    strings = {HEADER: json.dumps(header), "format": "pt"} | (metadata or {}) | facts.to_metadata()
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata=strings)
     except SafetensorError as error:
         raise UserError(f"{path} could not be written, nothing was replaced: {error}") from None
-    return SaveReport(str(path), Path(path).stat().st_size, dense_bytes, packed)
+    size = Path(path).stat().st_size
+    card = write_card(Path(path), written, header, (size, dense_bytes), facts)
+    return SaveReport(str(path), size, dense_bytes, packed, None if card is None else str(card))
 
 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
@@ -123,17 +139,14 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def is_saved_model(path: str | os.PathLike) -> bool:
-    """Whether the file was written by `save` (rather than holding bare weights)."""
-    return Path(path).suffix == ".safetensors" and Path(path).is_file() and "shiftaddvit" in read_metadata(path)
-
-
-def _read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+def read_header(path: str | os.PathLike) -> dict[str, Any]:
+    """What a saved model is: `format`, `architecture` (name, args), `recipe` (None for a dense model), `packed`. UserError for a file that
+    is damaged, of another program or of another format."""
     metadata = read_metadata(path)
-    if "shiftaddvit" not in metadata:
+    if HEADER not in metadata:
         raise UserError(f"{path} holds weights but no shiftaddvit model; load it into a model with shiftaddvit.load_pretrained")
     try:
-        header = json.loads(metadata["shiftaddvit"])
+        header = json.loads(metadata[HEADER])
         version, parts = header["format"], set(header)
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path}: its header is damaged") from None
@@ -141,6 +154,16 @@ def _read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
         raise UserError(f"{path} has format {version}; this version reads format {FORMAT}")
     if not {"architecture", "recipe", "packed"} <= parts or set(header["architecture"]) != {"name", "args"}:
         raise UserError(f"{path}: its header is damaged")
+    return header
+
+
+def is_saved_model(path: str | os.PathLike) -> bool:
+    """Whether the file was written by `save` (rather than holding bare weights)."""
+    return Path(path).suffix == ".safetensors" and Path(path).is_file() and HEADER in read_metadata(path)
+
+
+def _read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    header = read_header(path)
     with safe_open(str(path), framework="pt") as file:
         return header, {key: file.get_tensor(key) for key in file.keys()}
 

@@ -1,5 +1,6 @@
 """`shiftaddvit convert`: a dense model in, a converted (or packed) one out, untrained."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,12 @@ from shiftaddvit.errors import UserError
 from . import options
 from .energy import parse_size
 from .failures import refuse_existing, told_when_disk_is_full
-from .model_choice import ModelChoice, Say, counted, open_model, settings_to_store
+from .model_choice import ModelChoice, Say, card_line, counted, open_model, origin, settings_to_store
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from shiftaddvit.model_card import ModelFacts
 
 
 def convert(
@@ -47,6 +50,7 @@ def convert(
     from .image_choice import image_form
 
     network = open_model(choice, typer.echo, verbose)
+    base = origin(choice, network)
     if recipe is None and not hasattr(network, "shiftaddvit_recipe"):
         raise UserError(f"{model} is dense: say what it becomes with --recipe (see 'shiftaddvit recipes'; dense leaves it as it is)")
     apply_recipe(network, recipe, typer.echo, verbose)
@@ -57,10 +61,25 @@ def convert(
         round_dense(network)
     metadata = settings_to_store(form.size, form.crop_pct, choice.stored().get("classes"))
     with told_when_disk_is_full(output):
-        typer.echo(f"written: {save(network, output, packed=packed, metadata=metadata)}")
+        report = save(network, output, packed=packed, metadata=metadata, facts=_facts(choice, recipe, half, base))
+    typer.echo(f"written: {report}")
+    typer.echo(card_line(report))
     if recipe not in (None, "dense"):
         typer.echo(f"it was not trained yet; next: shiftaddvit finetune {model if choice.is_file else output} DATA "
                    f"{'--recipe ' + str(recipe) + ' ' if choice.is_file else ''}--output RUN")  # fmt: skip
+
+
+def _facts(choice: ModelChoice, recipe: str | None, half: bool, base: dict[str, str]) -> "ModelFacts":
+    """What is known of a model goes on to its packed copy. A conversion or rounding makes another model, whose accuracy nobody measured."""
+    from shiftaddvit.model_card import ModelFacts
+    from shiftaddvit.serialization import read_metadata
+
+    if not choice.is_file:
+        return ModelFacts(**base)
+    before = ModelFacts.from_metadata(read_metadata(choice.model))
+    if recipe not in (None, "dense"):
+        return ModelFacts(**base)
+    return replace(before, evaluation={}, training=f"{before.training}; then rounded to float16 values" if before.training else "") if half else before
 
 
 def check_recipe(recipe: str | None) -> None:

@@ -14,11 +14,7 @@ from shiftaddvit.errors import UserError
 from .failures import refuse_existing
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shiftaddvit.cost import Energy, Settings
-
-    from .image_choice import ImageForm
 
 
 class Mode(str, Enum):
@@ -108,7 +104,7 @@ def energy(
         if compare is not None or sweep is not None or recipe != "dense":
             raise UserError("a saved model has its recipe: leave out --recipe, --compare and --sweep")
         found = _saved(Path(model), images, max_images, settings, shift_share, size, batch)
-        _present_one(found, layers, figure, as_json)
+        _present_one(found, _of_file(model), layers, figure, as_json)
         return
     if images is not None:
         raise UserError("--images needs weights: give a .safetensors file that shiftaddvit saved as MODEL")
@@ -129,29 +125,42 @@ def _named(model: str, recipe: str, settings: "Settings", shift_share: float | N
         names += [recipe] if recipe != "dense" else []
         found = compare_recipes(model, names, baseline, settings, shift_share, size, batch)
         drawn = bar_figure(found.energies, figure) if figure else []
-        _present(comparison_view(found), found.to_dict(), drawn, as_json)
+        _present(comparison_view(found), "energy-compare", {"subject": {"model": {"name": model, "args": {}}}} | found.to_dict(), drawn, as_json)
     elif over is not None:
         curve = sweep_setting(model, recipe, over.value, _values(values), settings, shift_share, size, batch)
         drawn = curve_figure(curve, figure) if figure else []
-        _present(sweep_view(curve), curve.to_dict(), drawn, as_json)
+        _present(sweep_view(curve), "energy-sweep", curve.to_dict(), drawn, as_json)
     else:
-        _present_one(named_energy(model, recipe, settings, shift_share, size, batch), layers, figure, as_json)
+        subject = {"model": {"name": model, "args": {}}, "recipe": recipe}
+        _present_one(named_energy(model, recipe, settings, shift_share, size, batch), subject, layers, figure, as_json)
 
 
-def _present_one(found: "Energy", layers: bool, figure: Path | None, as_json: str | None) -> None:
+def _of_file(path: str) -> dict[str, Any]:
+    """What a saved model is, as result files say it."""
+    from .evaluate import model_facts
+
+    facts = model_facts(path)
+    return {"model": facts["model"], "recipe": (facts["recipe"] or {}).get("name") or ("dense" if facts["recipe"] is None else Path(path).stem), "file": path}
+
+
+def _present_one(found: "Energy", subject: dict[str, Any], layers: bool, figure: Path | None, as_json: str | None) -> None:
     from shiftaddvit.cost.figures import bar_figure
     from shiftaddvit.cost.tables import energy_view
 
     drawn = bar_figure({found.model.rpartition(", ")[2]: found}, figure) if figure else []
-    _present(energy_view(found, layers), found.to_dict(), drawn, as_json)
+    _present(energy_view(found, layers), "energy", {"subject": subject} | found.to_dict(), drawn, as_json)
 
 
-def _present(view: object, value: dict[str, Any], drawn: list[Path], as_json: str | None) -> None:
-    """Tables for people, unless the output is JSON."""
+def _present(view: object, kind: str | None, value: dict[str, Any], drawn: list[Path], as_json: str | None) -> None:
+    """Tables for people, unless the output is JSON; a result of some kind is stamped."""
     from rich.console import Console
 
+    from shiftaddvit.conditions import conditions
     from shiftaddvit.files import write_json
+    from shiftaddvit.schema import stamped
 
+    if kind is not None:
+        value = stamped(kind, value | {"conditions": conditions("cpu")})
     if as_json == "-":
         json.dump(value, sys.stdout, indent=1, allow_nan=False)
         sys.stdout.write("\n")
@@ -171,7 +180,7 @@ def _show_units(as_json: str | None) -> None:
     from shiftaddvit.cost.primitives import sources, unit_costs
     from shiftaddvit.cost.tables import primitive_view
 
-    _present(primitive_view(), {"primitives": [asdict(cost) for cost in unit_costs()], "sources": sources()}, [], as_json)
+    _present(primitive_view(), None, {"primitives": [asdict(cost) for cost in unit_costs()], "sources": sources()}, [], as_json)
 
 
 def _saved(path: Path, folder: Path | None, limit: int, settings: "Settings", shift_share: float | None,
@@ -179,33 +188,13 @@ def _saved(path: Path, folder: Path | None, limit: int, settings: "Settings", sh
     from shiftaddvit.cost.estimate import model_energy
     from shiftaddvit.serialization import load
 
-    from .image_choice import image_form
+    from .image_choice import as_input, image_files, image_form
     from .model_choice import stored_settings
 
     network = load(path)
     form = image_form(network, size, None, stored_settings(path))
-    images = _images(form, folder, limit) if folder is not None else None
+    images = [as_input(file, form).unsqueeze(0) for file in image_files(folder, limit, "--images")] if folder is not None else None
     return model_energy(network, images, settings, shift_share, form.size, batch)
-
-
-def _images(form: "ImageForm", folder: Path, limit: int) -> "list[Tensor]":
-    """The first images of a folder, each a batch of its own, as the network wants them."""
-    from PIL import Image
-    from timm.data import create_transform
-
-    if not folder.is_dir():
-        raise UserError(f"--images {str(folder)!r} is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:limit]
-    if not paths:
-        raise UserError(f"--images {str(folder)!r} has no .jpg, .png or .webp files")
-    transform = create_transform((3, *form.size), mean=form.mean, std=form.std, crop_pct=form.crop_pct)
-    found = []
-    for path in paths:
-        try:
-            found.append(transform(Image.open(path).convert("RGB")).unsqueeze(0))
-        except OSError as error:
-            raise UserError(f"{path} is not an image that can be read: {error}") from None
-    return found
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

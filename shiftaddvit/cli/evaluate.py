@@ -40,6 +40,7 @@ def evaluate(
     amp_dtype = autocast_type(precision)
 
     from shiftaddvit.evaluation import compare
+    from shiftaddvit.schema import stamped
 
     from .image_choice import DataChoice
 
@@ -52,15 +53,23 @@ def evaluate(
             found[path] = _evaluate(path, images, image_size, crop_pct, batch_size, workers, amp_dtype, state.device, quiet)
         if not quiet:
             typer.echo(f"{path}: {summary(found[path])}")
-    result: dict[str, Any] = {"file": file, "data": data, "split": split, "precision": precision, **found[file].to_json()}
+    result: dict[str, Any] = {"file": file, **model_facts(file), "data": data, "split": split, "precision": precision, **found[file].to_json()}
     if against is not None:
         paired = compare(found[file], found[against])
-        result |= {"against": {"file": against, **found[against].to_json()}, "paired": paired.to_json()}
+        result |= {"against": {"file": against, **model_facts(against), **found[against].to_json()}, "paired": paired.to_json()}
         if not quiet:
             typer.echo(_paired_line(file, against, paired))
     if state.is_main_process:
-        write_result(result, as_json)
+        write_result(stamped("evaluate", result), as_json)
     leave(state)
+
+
+def model_facts(file: str) -> dict[str, Any]:
+    """What a saved model is: architecture and recipe (None for a dense one), as result files say it."""
+    from shiftaddvit.serialization import read_header
+
+    header = read_header(file)
+    return {"model": header["architecture"], "recipe": header["recipe"]}
 
 
 def summary(evaluation: "Evaluation") -> str:

@@ -142,6 +142,41 @@ def sample(data: "ImageData", count: int, seed: int = 0) -> "ImageData":
     return ImageData(_Sample(data.store, drawn), strict=data.strict)
 
 
+def image_files(folder: Path, limit: int | None, option: str) -> list[Path]:
+    """The first pictures (all for None) of a folder and the folders below it, by name. UserError, naming `option`, where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{option} {str(folder)!r} is not a folder")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:limit]
+    if not found:
+        raise UserError(f"{option} {str(folder)!r} has no .jpg, .png or .webp files")
+    return found
+
+
+def spread(files: list[Path], count: int) -> list[Path]:
+    """`count` of the files, evenly spread over all, so that folders of classes each give some."""
+    return files if count >= len(files) else [files[number * len(files) // count] for number in range(count)]
+
+
+def as_input(file: Path, form: ImageForm) -> "Tensor":
+    """(3, H, W): a picture as the model wants it. UserError for a file that cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+    from timm.data import create_transform
+
+    transform = create_transform((3, *form.size), mean=form.mean, std=form.std, crop_pct=form.crop_pct)
+    try:
+        return transform(Image.open(file).convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{file} cannot be read as a picture: {error}") from None
+
+
+def as_picture(image: "Tensor", form: ImageForm) -> "Tensor":
+    """(H, W, 3) bytes: what `as_input` made, back for people to look at."""
+    import torch
+
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (form.mean, form.std))
+    return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
 class _Sample:
     """Some images of a store."""
 

@@ -9,11 +9,13 @@ from shiftaddvit.quickstart.command import quickstart
 
 from . import bench, nvs
 from .convert import convert
+from .dispatch import dispatch
 from .energy import energy
 from .evaluate import evaluate
 from .failures import Commands
 from .finetune import finetune, pretrain
 from .listing import models, recipes
+from .report import report
 from .sensitivity import sensitivity
 
 app = typer.Typer(
@@ -43,7 +45,7 @@ def _options(
     """Options before any command."""
 
 
-for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, recipes, models):
+for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, dispatch, report, recipes, models):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(nvs.app, name="nvs")

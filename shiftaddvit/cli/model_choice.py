@@ -12,6 +12,8 @@ from shiftaddvit.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from shiftaddvit.serialization import SaveReport
+
 Say = Callable[[str], None]
 
 _HEADS = ("head.weight", "head.fc.weight", "classifier.weight", "cls_classifier.weight")
@@ -64,6 +66,26 @@ def stored_settings(path: Path) -> dict[str, Any]:
 def settings_to_store(size: tuple[int, int], crop_pct: float, classes: list[str] | None) -> dict[str, str]:
     """Metadata from which `stored_settings` reads how a model wants its images."""
     return {"shiftaddvit.images": json.dumps({"image_size": list(size), "crop_pct": crop_pct, "classes": classes})}
+
+
+def origin(choice: ModelChoice, model: "nn.Module") -> dict[str, str]:
+    """Where a model's weights come from, as the card of what becomes of it says it: `base`, and for timm's own weights `base_model` and
+    `license`."""
+    from shiftaddvit.model_card import ModelFacts
+    from shiftaddvit.serialization import read_metadata
+
+    if choice.is_file:
+        before = ModelFacts.from_metadata(read_metadata(choice.model))
+        return {"base": before.base or Path(choice.model).name, "base_model": before.base_model, "license": before.license}
+    if choice.pretrained:
+        known = getattr(model, "pretrained_cfg", None) or {}
+        return {"base": "timm's pre-trained weights", "base_model": known.get("hf_hub_id") or "", "license": known.get("license") or ""}
+    return {"base": choice.weights.name if choice.weights is not None else "random weights"}
+
+
+def card_line(report: "SaveReport") -> str:
+    """What became of the model's card."""
+    return f"model card: {report.card}" if report.card else f"no model card written: files of your own are where it would go, beside {report.path}"
 
 
 def open_model(choice: ModelChoice, say: Say, verbose: bool = False) -> "nn.Module":

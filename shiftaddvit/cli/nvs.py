@@ -184,6 +184,7 @@ def evaluate(
     from shiftaddvit.nvs.metrics import Lpips
     from shiftaddvit.nvs.output import score_table
     from shiftaddvit.nvs.render import make_renderer
+    from shiftaddvit.schema import stamped
 
     loaded, place = load_scene(scene, width, hold_out, near, far), choose_device(device)
     perceive = Lpips(lpips, place) if lpips is not None else None
@@ -191,7 +192,8 @@ def evaluate(
     score = run(renderer, perceive, lambda view, _, found: typer.echo(f"{found.name}: {found.psnr:.2f} dB, {found.seconds:.2f} s", err=True))
     typer.echo(score_table(score))
     if output is not None:
-        write_json(output, score.to_dict() | {"model": str(model), "conditions": conditions(place, precision=precision.value)})
+        described = {"model": str(model), "conditions": conditions(place, precision=precision.value)}
+        write_json(output, stamped("nvs-evaluate", score.to_dict() | described))
 
 
 @app.command()

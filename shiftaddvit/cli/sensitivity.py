@@ -45,9 +45,11 @@ def sensitivity(
 
     from rich.console import Console
 
+    from shiftaddvit.conditions import conditions
     from shiftaddvit.data.sources import check_classes
     from shiftaddvit.evaluation.sensitivity import PRIMITIVES
     from shiftaddvit.evaluation.sensitivity import sensitivity as run
+    from shiftaddvit.schema import stamped
 
     from .image_choice import DataChoice, evaluation_loader, image_form, sample, some_images
     from .model_choice import ModelChoice, open_model
@@ -78,4 +80,6 @@ def sensitivity(
         console.print(found.table())
         for where, name, reason in found.skipped:
             console.print(f"{where} cannot take {name}: {reason}", soft_wrap=True)
-    write_result({"model": model, "data": data, "split": split, **found.to_json()}, as_json)
+    built = network.shiftaddvit_architecture
+    described = {"model": {"name": built.name, "args": dict(built.args)}, "file": model if choice.is_file else None, "data": data, "split": split}
+    write_result(stamped("sensitivity", described | found.to_json() | {"conditions": conditions(device, seed=seed, images=len(drawn))}), as_json)

@@ -14,7 +14,7 @@ from .convert import apply_recipe, check_recipe
 from .evaluate import summary
 from .failures import interrupt_only_here, told_when_disk_is_full, told_when_memory_ends
 from .image_choice import DataChoice, augmentation, check_apart, image_form, training_loaders
-from .model_choice import ModelChoice, Say, open_model, settings_to_store
+from .model_choice import ModelChoice, Say, card_line, open_model, origin, settings_to_store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +76,7 @@ def train(job: Job, config: "FinetuneConfig") -> None:
     model = open_model(_with_classes(job.choice, train_data), say, job.verbose)
     if getattr(model, "shiftaddvit_packed", False):
         raise UserError(f"{job.choice.model} is packed and no longer trains: give the file it was packed from")
+    base = origin(job.choice, model)
     teacher = _teacher(job, model, config.distill_weight)
     apply_recipe(model, job.recipe, say, job.verbose)
     form = image_form(model, job.choice.image_size, job.crop_pct, job.choice.stored())
@@ -88,7 +89,7 @@ def train(job: Job, config: "FinetuneConfig") -> None:
     say(f"{len(train_data)} images of {train_data.num_classes} classes at {form.size[0]}×{form.size[1]}{said}; on {where}, batch {job.batch_size} each")
     result = _run(job, model, (loaders[0], loaders[1] if val_data is not None else None), config, teacher)
     if state.is_main_process:
-        _finish(job, model, result, settings_to_store(form.size, form.crop_pct, train_data.classes))
+        _finish(job, model, result, settings_to_store(form.size, form.crop_pct, train_data.classes), base)
     leave(state)
 
 
@@ -140,17 +141,20 @@ def _teacher(job: Job, model: "nn.Module", weight: float) -> "nn.Module | None":
     return deepcopy(model)
 
 
-def _finish(job: Job, model: "nn.Module", result: "FinetuneResult", metadata: dict[str, str]) -> None:
-    from shiftaddvit.serialization import save
+def _finish(job: Job, model: "nn.Module", result: "FinetuneResult", metadata: dict[str, str], base: dict[str, str]) -> None:
+    from shiftaddvit.model_card import ModelFacts
+    from shiftaddvit.serialization import read_metadata, save
     from shiftaddvit.train.run_folder import MODEL
 
     written = job.output / MODEL
     # Once more, with what evaluation must know about the images.
     with told_when_disk_is_full(written):
-        report = save(model, written, metadata=metadata)
+        facts = replace(ModelFacts.from_metadata(read_metadata(written)), data=job.data.data, **base)
+        report = save(model, written, metadata=metadata, facts=facts)
     if result.evaluation is not None:
         typer.echo(summary(result.evaluation))
     typer.echo(f"written: {report}")
+    typer.echo(card_line(report))
     typer.echo(f"next: shiftaddvit evaluate {written} {job.val if job.val not in (None, 'none') else job.data.data}")
     if hasattr(model, "shiftaddvit_recipe"):
         typer.echo(f"      shiftaddvit convert {written} --packed --output {job.output / 'packed.safetensors'}")

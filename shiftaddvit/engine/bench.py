@@ -24,6 +24,7 @@ from shiftaddvit.files import write_json
 from shiftaddvit.layers.attention import AngularAttention
 from shiftaddvit.ops.timing import Timing, copies_for, time_call
 from shiftaddvit.reparam import calibrate, recipes, reparameterize
+from shiftaddvit.schema import stamped
 
 from .deploy import deploy
 from .engine import Engine
@@ -262,6 +263,10 @@ def _line(row: dict) -> str:
     return "\n".join([line, *slow, *total])
 
 
+def _write(path: Path, result: dict) -> None:
+    write_json(path, stamped("engine-bench", result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", help="timm name; may be repeated; pvt_v2_b0 when left out")
@@ -278,7 +283,7 @@ def main() -> None:
         tuple(given.model or ("pvt_v2_b0",)), tuple(given.recipe or ("ours-quant-moe",)), tuple(given.batch or (1, 32, 256)), given.dtype,
         given.pdl, not given.no_compile, not given.no_steps, 4.0 if given.quick else 30.0,
     )  # fmt: skip
-    result = bench_models(plan, keep=partial(write_json, given.out) if given.out else lambda result: None)
+    result = bench_models(plan, keep=partial(_write, given.out) if given.out else lambda result: None)
     wrong = [f"{row['model']} batch {row['batch']} {row['contender']}" for row in result["rows"] if row["status"] == "wrong"]
     if wrong:
         raise SystemExit(f"{len(wrong)} wrong results: " + "; ".join(wrong))

@@ -1,7 +1,6 @@
 """Accuracy of a model on labelled images, with what is needed to compare two models on the same images."""
 
 import hashlib
-import math
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sized
@@ -19,6 +18,7 @@ from torch.utils.data import RandomSampler
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
+from shiftaddvit.intervals import mcnemar, paired_interval, wilson_interval
 
 
 def evaluate(
@@ -47,6 +47,7 @@ def evaluate(
     parameter = next(model.parameters(), torch.empty(0))
     device = parameter.device if device is None else torch.device(device)
     parts: list[Tensor] = []
+    size: list[int] = []
     modes = {module: module.training for module in model.modules()}
     model.eval().to(device)
     start = time.perf_counter()
@@ -54,6 +55,7 @@ def evaluate(
         with torch.no_grad(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             for images, labels in _tracked(loader, progress):
                 images = images.to(device, parameter.dtype if amp_dtype is None else images.dtype, non_blocking=True)
+                size = list(images.shape[-2:])
                 parts.append(_judge(model(images), labels.to(device, non_blocking=True)))
         judged = torch.cat(parts).cpu() if parts else torch.empty(0, 4)  # one wait for the device, at the end
     finally:
@@ -84,6 +86,7 @@ def evaluate(
             batch=len(parts[0]) if parts else 0,
             dtype=str(amp_dtype or parameter.dtype).removeprefix("torch."),
             autocast=amp_dtype is not None,
+            image_size=size,
             processes=dist.get_world_size() if _distributed() else 1,
             timed="the whole loop, with loading",
         ),
@@ -169,37 +172,14 @@ def compare(first: Evaluation, second: Evaluation) -> Paired:
     only_first = int((first.correct & ~second.correct).sum())
     only_second = int((second.correct & ~first.correct).sum())
     images = first.images
-    difference = (only_first - only_second) / images
-    # Half an image in each of the four cells keeps the interval honest where few images differ.
-    total, shift = images + 2, only_first - only_second
-    spread = 1.959964 * math.sqrt(only_first + only_second + 1 - shift**2 / total) / total
-    low, high = shift / total - spread, shift / total + spread
     return Paired(
-        difference=100 * difference,
-        interval95=(100 * max(-1.0, low), 100 * min(1.0, high)),
+        difference=100 * (only_first - only_second) / images,
+        interval95=paired_interval(only_first, only_second, images),
         p_value=mcnemar(only_first, only_second),
         only_first=only_first,
         only_second=only_second,
         images=images,
     )
-
-
-def wilson_interval(right: int, images: int) -> tuple[float, float]:
-    """95 % interval of a share in % (Wilson, 1927): never empty, never outside 0 to 100."""
-    z = 1.959964
-    share = right / images
-    centre = share + z**2 / (2 * images)
-    spread = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
-    scale = 100 / (1 + z**2 / images)
-    return max(0.0, scale * (centre - spread)), min(100.0, scale * (centre + spread))
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value: the discordant images fall to either side like fair coins."""
-    discordant, fewer = only_first + only_second, min(only_first, only_second)
-    log_half, whole = discordant * math.log(0.5), math.lgamma(discordant + 1)
-    terms = (math.exp(whole - math.lgamma(k + 1) - math.lgamma(discordant - k + 1) + log_half) for k in range(fewer + 1))
-    return min(1.0, 2 * math.fsum(terms))
 
 
 def _judge(output: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

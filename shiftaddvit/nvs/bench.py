@@ -8,21 +8,12 @@ from torch import nn
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.cost import energy
+from shiftaddvit.published import view_synthesis
+from shiftaddvit.schema import stamped
 
 from .convert import ROWS
 from .render import make_renderer
 from .scene import Scene
-
-# ShiftAddViT, table of novel view synthesis (LLFF, 504×378): seconds an image on their GPU, joules of the analytical Eyeriss model.
-PUBLISHED_SECONDS: dict[str, float] = {
-    "nerf": 683.6, "gnt": 1071.0, "gnt-add": 1108.0, "gnt-add-shift": 568.5, "gnt-add-shift-moe": 746.6, "gnt-shift": 531.2,
-}  # fmt: skip
-PUBLISHED_JOULES: dict[str, float] = {"nerf": 1065.0, "gnt": 1849.0}
-PUBLISHED_PSNR: dict[str, dict[str, float]] = {
-    "llff": {"nerf": 26.50, "gnt": 27.24, "gnt-add": 26.85, "gnt-add-shift": 26.85, "gnt-add-shift-moe": 26.92, "gnt-shift": 27.05},
-    "orchids": {"nerf": 20.36, "gnt": 20.67, "gnt-add": 20.74, "gnt-add-shift": 20.78, "gnt-add-shift-moe": 20.73, "gnt-shift": 20.84},
-    "flower": {"nerf": 27.40, "gnt": 27.32, "gnt-add": 28.02, "gnt-add-shift": 28.05, "gnt-add-shift-moe": 28.20, "gnt-shift": 28.14},
-}
 
 
 @dataclass(frozen=True)
@@ -78,15 +69,16 @@ def bench_result(
     timings: list[Timing], scene: Scene, device: torch.device | str, precision: str, repeats: int, compile: bool = False, seed: int = 0
 ) -> dict[str, object]:
     """JSON values with their conditions; speed-ups are over the row `gnt` where it was timed."""
+    published = {row.row: row for row in view_synthesis()}
     base = next((timing.seconds for timing in timings if timing.row == "gnt"), None)
     rows = [
         vars(timing)
         | {
             "speed_up": base / timing.seconds if base is not None else None,
-            "published_seconds": PUBLISHED_SECONDS.get(timing.row),
-            "published_joules": PUBLISHED_JOULES.get(timing.row),
+            "published_seconds": published[timing.row].seconds if timing.row in published else None,
+            "published_joules": published[timing.row].joules if timing.row in published else None,
         }
         for timing in timings
     ]
     facts = conditions(device, seed=seed, precision=precision, compiled=compile, warm_up=1, repeats=repeats)
-    return {"scene": scene.name, "width": scene.width, "height": scene.height, "rows": rows, "conditions": facts}
+    return stamped("nvs-bench", {"scene": scene.name, "width": scene.width, "height": scene.height, "rows": rows, "conditions": facts})

@@ -13,6 +13,7 @@ from torch import nn
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.router import record_routing
+from shiftaddvit.schema import stamped
 from shiftaddvit.train.guard import NotFinite
 from shiftaddvit.train.latency import expert_costs
 from shiftaddvit.train.optim import parameter_groups
@@ -170,7 +171,11 @@ class _Training:
             if mixtures:
                 self.balance = Balance(records, expert_costs(self.model), self.config.balance_weight)
             result = self._loop(progress)
-        self.folder.write_result(asdict(result) | {"conditions": conditions(self.device, seed=self.config.seed)})
+        described = {
+            "model": kind_of(self.model), "recipe": getattr(getattr(self.model, "shiftaddvit_recipe", None), "name", None),
+            "scenes": [one.scene.name for one in self.scenes], "conditions": conditions(self.device, seed=self.config.seed),
+        }  # fmt: skip
+        self.folder.write_result(stamped("nvs-train", described | asdict(result)))
         return result
 
     def _loop(self, progress: TrainingProgress) -> TrainResult:

@@ -11,6 +11,7 @@ from torch import Tensor
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError, unknown
 from shiftaddvit.files import write_json
+from shiftaddvit.schema import stamped
 
 from .bench_blocks import attention_cases, mlp_cases, patch_cases
 from .bench_cases import Case, adder_cases, matadd_cases, matshift_cases, moe_cases
@@ -109,7 +110,7 @@ def main() -> None:
     batches = tuple(arguments.batch or ((32,) if arguments.quick else (1, 32, 256)))
     result = bench_ops(tuple(arguments.op), batches, not arguments.quick)
     if arguments.out:
-        write_json(arguments.out, result)
+        write_json(arguments.out, stamped("ops-bench", result))
         print(f"wrote {arguments.out}")
     wrong = sorted({f"{row['op']} {row['shape']} {row['contender']}" for row in result["rows"] if "median_us" not in row})
     if wrong:

@@ -25,6 +25,7 @@ ARCHITECTURE_ARGS = {
 }
 """PVTv2 with three narrow stages over 64, 16 and 4 tokens of a 32×32 image."""
 SIDE = 32
+DATA = "Fashion-MNIST, the embedded part"
 AUGMENT = AugmentConfig(crop="pad", pad=2, flip=0.5, rand_augment=None, erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 """Small shifts and flips; labels are smoothed by the loss."""
 

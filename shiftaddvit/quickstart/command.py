@@ -1,6 +1,7 @@
 """`shiftaddvit quickstart`: the whole job on embedded images, offline, in about two minutes."""
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -44,10 +45,11 @@ def run(output: Path, budget: "Budget", console: "Console", *, seed: int = 0, de
     """
     from shiftaddvit.conditions import conditions
     from shiftaddvit.files import write_json
+    from shiftaddvit.schema import stamped
 
     from .assets import load_images
     from .rows import ROWS, Setting, claim_device, converted_row, dense_row
-    from .table import PLAIN_WORDS, next_steps, reading, results_table, saved
+    from .table import PLAIN_WORDS, next_steps, reading, results_table, saved, see
 
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: give a folder")
@@ -74,11 +76,13 @@ def run(output: Path, budget: "Budget", console: "Console", *, seed: int = 0, de
     console.print()
     console.print(saved(rows[-1]), soft_wrap=True)
     console.print(f"All models and {RESULT}, the numbers with their conditions, are in {output}/; {seconds:.0f} s in all.", soft_wrap=True, markup=False)
+    console.print(see(shlex.quote(str(output))), soft_wrap=True)
     console.print()
     console.print(PLAIN_WORDS, style="bold")
     console.print()
     console.print(next_steps(), soft_wrap=True)
-    result = {"rows": [row.to_json() for row in rows], "seconds": seconds, **setting.to_json(), "conditions": conditions(setting.device, seed=seed)}
+    values = {"rows": [row.to_json() for row in rows], "seconds": seconds, **setting.to_json(), "conditions": conditions(setting.device, seed=seed)}
+    result = stamped("quickstart", values)
     write_json(output / RESULT, result)
     if as_json == "-":
         json.dump(result, sys.stdout, indent=1, allow_nan=False)

@@ -12,12 +12,15 @@ from torch import nn
 from shiftaddvit.data.resident import ResidentLoader
 from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation import Evaluation, evaluate
+from shiftaddvit.model_card import ModelFacts
 from shiftaddvit.reparam import recipes, reparameterize
 from shiftaddvit.serialization import load, round_dense, save
 from shiftaddvit.train import FinetuneConfig, StageConfig, finetune
+from shiftaddvit.train.run_folder import CHECKPOINT
 
-from .assets import SIDE, EmbeddedImages, load_dense, test_loader, training_loader
+from .assets import ARCHITECTURE, ARCHITECTURE_ARGS, DATA, SIDE, EmbeddedImages, load_dense, test_loader, training_loader
 from .multiplications import multiplications, token_shares
+from .records import write_dispatch, write_energy
 
 ROWS = {
     "MSA": "msa",
@@ -56,7 +59,7 @@ class Budget:
             StageConfig("attention", self.attention_epochs, lr=self.lr, warmup_epochs=0.2),
             StageConfig("all", self.linear_epochs, lr=self.lr, warmup_epochs=0.2),
         )
-        return FinetuneConfig(stages=stages, seed=seed, evaluate_every=0, cost="equal", checkpoint_minutes=60)
+        return FinetuneConfig(stages=stages, seed=seed, evaluate_every=0, cost="equal", checkpoint_minutes=60, log_every=10)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class Setting:
 
     def to_json(self) -> dict[str, Any]:
         """What the rows depended on."""
-        return {"budget": asdict(self.budget), "finetune": asdict(self.budget.config(self.seed)), "seed": self.seed}
+        model = {"name": ARCHITECTURE, "args": ARCHITECTURE_ARGS}
+        return {"model": model, "image_size": [SIDE, SIDE], "data": DATA, "budget": asdict(self.budget), "finetune": asdict(self.budget.config(self.seed)), "seed": self.seed}
 
 
 def dense_row(setting: Setting) -> RowResult:
@@ -137,6 +141,7 @@ def dense_row(setting: Setting) -> RowResult:
     mults = multiplications(model, SIDE, {})
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     evaluation = evaluate(model, setting.testing(), progress=False)
+    write_energy(model, None, {}, setting.folder / "energy" / "dense.json")
     return RowResult("dense", None, evaluation, None, mults, mults, size, size, None, time.monotonic() - start, None)
 
 
@@ -146,11 +151,20 @@ def converted_row(name: str, dense: RowResult, setting: Setting) -> RowResult:
     recipe = recipes[ROWS[name]]
     torch.manual_seed(setting.seed)
     model = reparameterize(load_dense(setting.device), recipe)
-    finetune(model, setting.training(), None, setting.budget.config(setting.seed), show=setting.show)
+    run = setting.folder / "training" / recipe.name
+    finetune(model, setting.training(), None, setting.budget.config(setting.seed), output=run, overwrite=True, show=setting.show)
+    (run / CHECKPOINT).unlink()  # the run is over: nothing goes on from here
     round_dense(model)
     evaluation = evaluate(model, setting.testing(), progress=False)
     shares, shifted = token_shares(model, setting.testing(), setting.device)
-    written = save(model, setting.folder / f"{recipe.name}.safetensors", packed=True)
+    energy = write_energy(model, recipe.name, shares, setting.folder / "energy" / f"{recipe.name}.json")
+    if shares:
+        write_dispatch(model, setting.images, setting.folder / f"dispatch-{recipe.name}.json", setting.device)
+    facts = ModelFacts.of_evaluation(
+        evaluation.to_json(), data=DATA, energy=energy, license="apache-2.0", training=f"two short stages on {setting.budget.train_images:,} images, seed {setting.seed}",
+        base="a small PVTv2 that ships with shiftaddvit, pre-trained on Fashion-MNIST",
+    )  # fmt: skip
+    written = save(model, setting.folder / f"{recipe.name}.safetensors", packed=True, facts=facts)
     again = load(written.path, setting.device)
     return RowResult(
         name, recipe.name, evaluation, 1.0 if recipe.mlp == "shift" else shifted, multiplications(model, SIDE, shares),

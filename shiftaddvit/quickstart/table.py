@@ -63,6 +63,11 @@ def saved(row: RowResult) -> Text:
     return Text(f"Saved {row.file} ({row.bytes / 1000:,.0f} kB) and loaded it again: {same}.")
 
 
+def see(folder: str) -> Text:
+    """How to look at the results rather than read them."""
+    return Text.assemble("To see them, and which image regions went to which expert:  ", (f"shiftaddvit report {folder}", "cyan"), "  (then open report.html in a browser)")
+
+
 def next_steps() -> Text:
     """What to do with one's own model; lines to copy."""
     intro = "Next, your own model (any timm PVTv2, DeiT or ViT, or PVTv1) and your images (IMAGES/train/CLASS/…, IMAGES/val/CLASS/…):\n\n"

@@ -18,9 +18,12 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation import Evaluation, evaluate
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
 from shiftaddvit.layers.packed import is_packed
+from shiftaddvit.model_card import ModelFacts
 from shiftaddvit.processes import this_process
+from shiftaddvit.reparam.architecture import architecture_of
 from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
 from shiftaddvit.reparam.stages import attention_only, converts_attention, converts_linears, to_attention_stage, to_linear_stage
+from shiftaddvit.schema import stamped
 from shiftaddvit.serialization import save
 
 from .config import FinetuneConfig, StageConfig
@@ -239,17 +242,24 @@ class _Session:
             self.last = evaluate(self.model, self.val_loader, device=self.accelerator.device, amp_dtype=self._amp_dtype(), progress=False)
         if self.folder is None or not self.accelerator.is_main_process:
             return
-        save(self.model, self.folder.path / MODEL)
         outcome = self.last.to_json() if self.last is not None else None
-        self.folder.write_result(
+        stages = ", then ".join(f"{stage.label} for {stage.epochs} epochs at {stage.lr:g}" for stage in self.stages)
+        facts = ModelFacts.of_evaluation(outcome, training=f"{stages}; {self.config.optimizer}, seed {self.config.seed}")
+        save(self.model, self.folder.path / MODEL, facts=facts)
+        recipe = getattr(self.model, "shiftaddvit_recipe", None)
+        result = stamped(
+            "finetune",
             {
+                "model": asdict(architecture_of(self.model)),
+                "recipe": recipe.to_dict() if recipe is not None else None,
                 "evaluation": outcome,
                 "history": self.history,
                 "stages": [asdict(stage) for stage in self.stages],
                 "config": asdict(self.config),
                 "conditions": conditions(self.accelerator.device, seed=self.config.seed),
-            }
+            },
         )
+        self.folder.write_result(result)
 
     def _log(self, event: dict[str, Any]) -> None:
         if self.folder is not None:

@@ -113,6 +113,7 @@ class _Loop:
         self.losses: list[Tensor] = []
         self.first_loss_step = 0
         self.mean_loss = math.nan
+        self.unlogged: list[float] = []
         self.check_every = 1 if run.accelerator.device.type == "cpu" else run.config.log_every
         self.images = 0
         self.since = time.monotonic()
@@ -130,7 +131,7 @@ class _Loop:
                 position.step += 1
                 progress.step()
                 last = position.step == self.steps
-                looked = len(self.losses) >= self.check_every or last
+                looked = position.step % self.check_every == 0 or last
                 if looked:
                     self.check(images)
                     self.report(position, progress, position.step % run.config.log_every == 0 or last)
@@ -223,11 +224,13 @@ class _Loop:
                     f"first at {where}; the last good checkpoint is kept"
                 )
         self.mean_loss = sum(values) / len(values)
+        self.unlogged += values
 
     def report(self, position: Position, progress: TrainingProgress, write: bool) -> None:
         progress.note(f"loss {self.mean_loss:.3f}")
-        if write:
-            self.log(position, event="step", loss=self.mean_loss)
+        if write and self.unlogged:
+            self.log(position, event="step", loss=sum(self.unlogged) / len(self.unlogged))
+            self.unlogged.clear()
 
     def log(self, position: Position, **event: Any) -> None:
         seconds = time.monotonic() - self.since
