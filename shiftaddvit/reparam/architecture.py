@@ -55,13 +55,13 @@ def architecture_of(model: nn.Module) -> Architecture:
         raise UserError(f"{type(model).__name__} was not built by timm: build it with shiftaddvit.create_model(name, args) to save it")
     if isinstance(getattr(model, "feature_info", None), FeatureInfo):
         features = {"features_only": True, "out_indices": tuple(model.feature_info.out_indices)}
-        return Architecture(name, _given(getattr(model, "model", model)) | features)
-    return Architecture(name, _given(model) | classes)
+        return Architecture(name, _given(model, getattr(model, "model", model)) | features)
+    return Architecture(name, _given(model, model) | classes)
 
 
-def _given(model: nn.Module) -> dict[str, Any]:
-    """Arguments that timm was given, as far as the model tells: newer versions of timm remember them."""
-    remembered = getattr(model, "_model_args", {})
+def _given(built: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Arguments that timm was given for what it built around `model`, as far as they tell: newer versions of timm remember them."""
+    remembered = getattr(built, "_model_args", {})
     args = {key: value for key, value in remembered.items() if key != "num_classes" and isinstance(value, _ALLOWED)}
     embed = getattr(model, "patch_embed", None)
     if embed is not None and getattr(embed, "img_size", None) is not None:
