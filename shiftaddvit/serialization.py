@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
@@ -19,7 +20,7 @@ from shiftaddvit.layers.packed import is_packed, pack
 from shiftaddvit.layers.shift import ShiftLinear
 from shiftaddvit.model_card import ModelFacts, write_card
 from shiftaddvit.reparam import Recipe, reparameterize
-from shiftaddvit.reparam.architecture import Architecture, architecture_of, dense_skeleton
+from shiftaddvit.reparam.architecture import Architecture, dense_skeleton, rebuilt
 
 FORMAT = 1
 HEADER = "shiftaddvit"
@@ -76,11 +77,12 @@ def save(
     A float32 tensor whose values all fit float16 exactly is stored as float16 (see `round_dense`). With `packed`, shift layers are
     stored as 4- or 5-bit codes: the loaded model computes exactly what `model` does, and no longer trains. `metadata` adds strings
     (class names, a result) that `read_metadata` gives back. A model card is written beside the file (`model_card.card_path` says where);
-    `facts` are what it says of accuracy, data and origin. Raises UserError for a model whose architecture cannot be named.
+    `facts` are what it says of accuracy, data and origin. Of DistributedDataParallel, torch.compile and timm's EMA the model inside is
+    saved. Raises UserError for a model whose architecture cannot be named.
     """
-    architecture = architecture_of(model)
+    model = _unwrapped(model)
+    architecture, dense = rebuilt(model)
     recipe = getattr(model, "shiftaddvit_recipe", None)
-    dense = dense_skeleton(architecture)
     dense_bytes = 4 * sum(p.numel() for p in dense.parameters())
     if metadata and HEADER in metadata:
         raise UserError("metadata key 'shiftaddvit' is the file's own header: choose another")
@@ -185,14 +187,39 @@ def _rebuild(dense: nn.Module, recipe: Recipe | None, packed: bool) -> nn.Module
         return pack(dense) if packed else dense
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of training."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, ModelEmaV2, ModelEmaV3)):
+        return _unwrapped(model.module)
+    return _unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model
+
+
 def _check_rebuilds(model: nn.Module, dense: nn.Module, recipe: Recipe | None, packed: bool) -> None:
-    """The file must lead back to this model: same names and shapes as its architecture and recipe give."""
-    rebuilt = _rebuild(dense, recipe, packed)
-    expected = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
+    """The file must lead back to this model: same names, shapes and settings as its architecture and recipe give."""
+    again = _rebuild(dense, recipe, packed)
+    expected = {name: tuple(tensor.shape) for name, tensor in again.state_dict().items()}
     actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if expected != actual:
-        odd = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    odd = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)) or _other_settings(model, again)
+    if odd:
         raise UserError(
-            f"the model is not what its architecture says (first difference: {odd[0]}); "
-            "build it with shiftaddvit.create_model(name, args) so that its arguments are known"
+            f"the model is not what its architecture{' and recipe say' if recipe is not None else ' says'} (first difference: {odd[0]}); "
+            "build it with shiftaddvit.create_model(name, args) so that its arguments are known, and change no setting afterwards"
         )
+
+
+_TRAINING_ONLY = {"training", "p", "drop_prob", "scale_by_keep", "inplace", "grad_checkpointing", "distilled_training", "fused_attn"}
+"""Settings that change nothing about what a model computes in evaluation."""
+
+
+def _other_settings(model: nn.Module, again: nn.Module) -> list[str]:
+    """Plain attributes in which modules of one kind differ: tensors do not show how many heads share a matrix."""
+    found = []
+    for name, module in model.named_modules():
+        twin = again.get_submodule(name) if name in dict(again.named_modules()) else None
+        if type(twin) is not type(module):
+            continue
+        for key, value in vars(module).items():
+            other = vars(twin).get(key, value)
+            if not key.startswith("_") and key not in _TRAINING_ONLY and isinstance(value, (bool, int, float, str)) and value != other:
+                found.append(f"{name}.{key} is {value!r}, would be {other!r}".removeprefix("."))
+    return found

@@ -234,7 +234,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     save(reparameterize(model, "mlp-moe"), tmp_path / "model.safetensors")
     (tmp_path / "broken.png").write_bytes(b"no image")
     text = run(tmp_path / "model.safetensors", "--images", tmp_path, code=2)
-    assert "broken.png is not an image that can be read" in text.replace("\n", "")
+    assert "broken.png cannot be read as a picture" in text.replace("\n", "")
 
 
 def test_images_and_a_forced_share_exclude_one_another():

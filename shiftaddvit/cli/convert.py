@@ -105,6 +105,8 @@ def apply_recipe(network: "nn.Module", recipe: str | None, say: Say, verbose: bo
         say(f"  new: {counted(report.made)}")
     if report.dropped:
         say(f"  dropped: {counted(report.dropped)}")
+    if report.left:
+        say(f"  linear layers that go on multiplying: {counted(report.left)}")
 
 
 def calibrate_on(network: "nn.Module", data: str | None, form: object, seed: int, say: Say) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from shiftaddvit.baselines.ecoformer import EcoformerAttention
-from shiftaddvit.reparam.sites import _last_stage_prefix
+from shiftaddvit.reparam.sites import last_stage
 
 from .operations import Nest, Operation
 
@@ -43,7 +43,7 @@ class AttentionSites:
 
 def attention_sites(model: nn.Module) -> AttentionSites:
     """Find them."""
-    prefix = _last_stage_prefix(model)
+    prefix = last_stage(model)
     last, hashed = [], []
     for name, module in model.named_modules():
         if prefix is not None and name.startswith(prefix) and hasattr(module, "proj") and (hasattr(module, "qkv") or hasattr(module, "kv")):

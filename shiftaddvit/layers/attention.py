@@ -99,7 +99,7 @@ class TokenConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, 1, window, 1))
 
     def forward(self, v: Float[Tensor, "B h N d"]) -> Float[Tensor, "B h N d"]:
-        return F.conv2d(v, self.weight, padding=(self.window // 2, 0), groups=v.shape[1])
+        return F.conv2d(v, self.weight.to(v.dtype), padding=(self.window // 2, 0), groups=v.shape[1])
 
 
 class SoftmaxAttention(nn.Module):

@@ -57,7 +57,7 @@ class KernelHash(nn.Module):
             raise UserError("the hash functions are not trained yet: call shiftaddvit.calibrate(model, images) first")
         with torch.autocast(x.device.type, enabled=False):
             features = kernel_features(x.float(), self.anchors) - self.mean
-            return hash_codes(features, self.directions, self.config.codes == "plus-minus")
+            return hash_codes(features, self.directions.float(), self.config.codes == "plus-minus")
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "B h N d"], generator: torch.Generator) -> None:

@@ -65,7 +65,7 @@ class PackedShiftLinear(nn.Module):
         if self.config.fixed_point:
             x = fixed_point(x)
             bias = fixed_point(bias) if bias is not None else None
-        return F.linear(x, self.weight, bias)
+        return F.linear(x, self.weight.to(x.dtype), bias.to(x.dtype) if bias is not None else None)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}, packed"

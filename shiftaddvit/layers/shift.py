@@ -42,7 +42,8 @@ class ShiftConfig:
 class ShiftLinear(nn.Module):
     """y = x Wᵀ + b where every weight is zero or ±2^p. Trains its latent parameters; `weight` is the quantised matrix.
 
-    With `enabled = False` the latent values are used unquantised, which reproduces the linear layer it came from.
+    With `enabled = False` the latent values are used unquantised, which reproduces the linear layer it came from. `model.half()` rounds
+    latents, and with them some exponents: pack first for inference in half precision.
     """
 
     primitive = "shift"
@@ -117,7 +118,8 @@ class ShiftLinear(nn.Module):
         if self.config.fixed_point and self.enabled:
             x = fixed_point(x)
             bias = fixed_point(bias) if bias is not None else None
-        return F.linear(x, self.weight, bias)
+        # The matrix is made in float32 from latents that conversion keeps there, whatever the model around computes in.
+        return F.linear(x, self.weight.to(x.dtype), bias.to(x.dtype) if bias is not None else None)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.config.variant}, bits={self.bits}"

@@ -13,7 +13,7 @@ def _create(name: str, depths: tuple[int, ...], pretrained: bool, kwargs: dict) 
     if pretrained:
         raise UserError(f"{name} has no weights to download here; create it without and use shiftaddvit.load_pretrained(model, file)")
     features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"}
-    return build_model_with_cfg(PyramidVisionTransformer, name, False, feature_cfg=features, depths=depths, **kwargs)
+    return build_model_with_cfg(PyramidVisionTransformer, name, False, feature_cfg=features, **{"depths": depths, **kwargs})
 
 
 _CFG = {

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from timm.models.vision_transformer import Attention
-from torch import nn
+from timm.models import FeatureDictNet, pvt_v2, twins, vision_transformer
+from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.models import pvt_v1
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,10 @@ class MlpSite:
 def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[MlpSite]]:
     """Every attention and MLP of `model`, in the order of its modules. UserError for a model that has none."""
     attentions, mlps = [], []
-    last = _last_stage_prefix(model)
-    prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
-    has_class_token = getattr(model, "cls_token", None) is not None
     for name, module in model.named_modules():
         if _is_attention(module):
-            attentions.append(_attention_site(name, module, prefix_tokens, last, has_class_token))
-        elif isinstance(getattr(module, "fc1", None), nn.Linear) and isinstance(getattr(module, "fc2", None), nn.Linear):
+            attentions.append(_attention_site(name, module, *_network_around(model, name)))
+        elif _is_linear(getattr(module, "fc1", None)) and _is_linear(getattr(module, "fc2", None)):
             mixes = any(isinstance(child, nn.Conv2d) for child in module.modules())
             mlps.append(MlpSite(name, module, mixes))
     if not attentions and not mlps:
@@ -63,26 +61,63 @@ def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[MlpSite]]:
     return attentions, mlps
 
 
+def _is_linear(module: object) -> bool:
+    """A linear layer as torch computes it; a subclass with a forward of its own is something else."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def _is_attention(module: nn.Module) -> bool:
-    has_proj = isinstance(getattr(module, "proj", None), nn.Linear)
-    fused = isinstance(getattr(module, "qkv", None), nn.Linear)
-    split = isinstance(getattr(module, "q", None), nn.Linear) and isinstance(getattr(module, "kv", None), nn.Linear)
-    return has_proj and (fused or split)
+    fused = _is_linear(getattr(module, "qkv", None))
+    split = _is_linear(getattr(module, "q", None)) and _is_linear(getattr(module, "kv", None))
+    return _is_linear(getattr(module, "proj", None)) and (fused or split)
 
 
-def _attention_site(
-    name: str, module: nn.Module, prefix_tokens: int, last: str | None, has_class_token: bool
-) -> AttentionSite:
-    in_last = last is not None and name.startswith(last)
+def _network_around(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The network that a module belongs to and the prefix of its names: the nearest one around it that has stages or tokens of its own,
+    as inside a detector or one of timm's feature extractors; else the whole model."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        around = ".".join(parts[:end])
+        network = model.get_submodule(around)
+        if hasattr(network, "num_prefix_tokens") or last_stage(network) is not None:
+            return f"{around}.", network
+    return "", model
+
+
+def _attention_site(name: str, module: nn.Module, prefix: str, network: nn.Module) -> AttentionSite:
+    last = last_stage(network)
+    in_last = last is not None and name.startswith(prefix + last)
+    tokens = _prefix_tokens(network)
     if isinstance(getattr(module, "kv", None), nn.Linear):
-        obstacle = "" if hasattr(module, "sr") else "its queries and keys are not of one sequence"
         # PVTv1 has its class token in the last stage only; other pyramids have none.
-        return AttentionSite(name, module, "sra", ("q", "kv", "proj"), int(in_last and has_class_token), in_last, obstacle)
+        return AttentionSite(name, module, "sra", ("q", "kv", "proj"), tokens if in_last else 0, in_last, _sra_obstacle(module))
     obstacle = _qkv_obstacle(module)
     kind = "linears-only" if obstacle else "qkv"
     # With biases of its own such a module uses the weight of qkv directly, which then must stay a weight.
     linears = ("proj",) if getattr(module, "q_bias", None) is not None else ("qkv", "proj")
-    return AttentionSite(name, module, kind, linears, prefix_tokens, in_last, obstacle)
+    return AttentionSite(name, module, kind, linears, tokens, in_last, obstacle)
+
+
+def _prefix_tokens(network: nn.Module) -> int:
+    """Tokens in front of the patches."""
+    if hasattr(network, "num_prefix_tokens"):
+        return int(network.num_prefix_tokens)
+    tokens = (getattr(network, name, None) for name in ("cls_token", "dist_token"))
+    return sum(token.shape[1] for token in tokens if isinstance(token, Tensor) and token.ndim == 3)
+
+
+_SRA_FORWARDS = tuple(one.forward for one in (pvt_v1.Attention, pvt_v2.Attention, twins.GlobalSubSampleAttn))
+"""What attention with spatial reduction is known to compute."""
+
+
+def _sra_obstacle(module: nn.Module) -> str:
+    if not hasattr(module, "sr"):
+        return "its queries and keys are not of one sequence"
+    return "" if type(module).forward in _SRA_FORWARDS else _unknown_form(module)
+
+
+def _unknown_form(module: nn.Module) -> str:
+    return f"the unknown form {type(module).__module__}.{type(module).__qualname__}"
 
 
 def _qkv_obstacle(module: nn.Module) -> str:
@@ -96,15 +131,22 @@ def _qkv_obstacle(module: nn.Module) -> str:
         return "a norm between its heads and its projection"
     if getattr(module, "q_bias", None) is not None:
         return "biases of queries and values beside its linear"
-    if not isinstance(module, Attention):
-        return f"the unknown form {type(module).__module__}.{type(module).__name__}"
+    if type(module).forward is not vision_transformer.Attention.forward:
+        return _unknown_form(module)
     return ""
 
 
-def _last_stage_prefix(model: nn.Module) -> str | None:
-    """The name prefix of a pyramid's last stage; None for a plain transformer."""
-    if isinstance(getattr(model, "stages", None), (nn.ModuleList, nn.Sequential)):
-        return f"stages.{len(model.stages) - 1}."
-    if hasattr(model, "block4") and not hasattr(model, "block5"):
+def last_stage(network: nn.Module) -> str | None:
+    """How the names of a pyramid's last stage begin; None for a plain transformer. The stage need not be there: an extractor of timm's
+    may have left it out."""
+    if isinstance(getattr(network, "stages", None), (nn.ModuleList, nn.Sequential)):
+        known = getattr(network, "feature_info", None)
+        name = known[-1]["module"] if isinstance(known, list) and known else ""
+        return f"{name}." if name.startswith("stages.") else f"stages.{len(network.stages) - 1}."
+    if isinstance(network, FeatureDictNet):
+        stages = network.feature_info.info
+        pyramid = stages[0]["reduction"] < stages[-1]["reduction"]
+        return stages[-1]["module"].replace(".", "_") + "." if pyramid else None
+    if hasattr(network, "block4") and not hasattr(network, "block5"):
         return "block4."
     return None

@@ -12,6 +12,7 @@ from shiftaddvit.layers.attention import AngularAttention, SoftmaxAttention
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
 from shiftaddvit.layers.shift import ShiftLinear
 
+from .decay import tell_timm
 from .recipe import Recipe, as_recipe
 from .sites import AttentionSite, MlpSite, find_sites
 
@@ -26,11 +27,14 @@ class Report:
     """(new parameter or module, how it starts)."""
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(pre-trained key or module, why it is gone)."""
+    left: list[tuple[str, str]] = field(default_factory=list)
+    """(linear layer besides the classifier that no recipe reaches, why): it goes on multiplying."""
 
     def __str__(self) -> str:
         parts = []
-        for title, rows, arrow in (("used", self.used, "→"), ("made", self.made, "·"), ("dropped", self.dropped, "·")):
-            parts.append(f"{title}: {len(rows)}")
+        for title, rows, arrow in (("used", self.used, "→"), ("made", self.made, "·"), ("dropped", self.dropped, "·"), ("left", self.left, "·")):
+            if rows or title != "left":
+                parts.append(f"{title}: {len(rows)}")
             parts += [f"  {a} {arrow} {b}" for a, b in rows]
         return "\n".join(parts)
 
@@ -39,8 +43,9 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
     """Replace the primitives of `model` (a timm or shiftaddvit dense model) as `recipe` says; in place, and the model is returned.
 
     `model.shiftaddvit_report` then says which pre-trained values went where, which parameters are new and which were dropped;
-    `model.shiftaddvit_recipe` is the recipe. UserError for a model that was converted before, a site that cannot take the primitive,
-    or an override that matches nothing.
+    `model.shiftaddvit_recipe` is the recipe. timm's interface stays the model's own; its `no_weight_decay()` names the exponents, signs
+    and routers too. UserError for a model that was converted before, a site that cannot take the primitive, a recipe that asks for what
+    the model has nothing of, or an override that matches nothing.
     """
     recipe = as_recipe(recipe)
     if hasattr(model, "shiftaddvit_recipe"):
@@ -51,6 +56,7 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
         raise UserError(f"no attention or MLP matches the override pattern {lost[0]!r}; names look like {[*attentions, *mlps][0].name!r}")
     report = Report()
     # Everything is checked before anything changes.
+    _check_asked(model, attentions, mlps, recipe)
     for site in attentions:
         _check_attention(site, recipe)
     for site in mlps:
@@ -58,8 +64,41 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
     for site in attentions:
         _convert_attention(model, site, recipe, report)
     convert_linears(model, recipe, report)
+    report.left.extend(_left(model, attentions, mlps))
+    tell_timm(model)
     model.shiftaddvit_recipe, model.shiftaddvit_report = recipe, report
     return model
+
+
+def _check_asked(model: nn.Module, attentions: list[AttentionSite], mlps: list[MlpSite], recipe: Recipe) -> None:
+    """A recipe must not pass over a whole column in silence."""
+    asked = {"attention": (recipe.attention, "keep"), "attn_linear": (recipe.attn_linear, "mult"), "mlp": (recipe.mlp, "mult")}
+    for column, (value, nothing) in asked.items():
+        what, sites = ("MLP", mlps) if column == "mlp" else ("attention", attentions)
+        if value != nothing and not sites:
+            raise UserError(
+                f"{type(model).__name__} has no {what} in a known layout and the recipe has {column} = {value!r}: "
+                f"use a recipe with {column} = {nothing!r}, or add the family to reparam/sites.py"
+            )
+
+
+def _left(model: nn.Module, attentions: list[AttentionSite], mlps: list[MlpSite]) -> list[tuple[str, str]]:
+    """Linear layers of the converted model that no column of a recipe speaks of, the classifier aside."""
+    sites = [site.name for site in attentions] + [site.name for site in mlps]
+    reached = tuple(f"{site}.{linear}" for site in sites for linear in ("qkv", "q", "kv", "proj", "fc1", "fc2", "experts"))
+    own_weight = tuple(f"{site.name}.qkv" for site in attentions if "qkv" not in site.linears and site.kind == "linears-only")
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    classifier = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+    left = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or id(module) in classifier:
+            continue
+        if name in own_weight:
+            left.append((name, "its attention reads the weight itself"))
+        elif not any(name == site or name.startswith(f"{site}.") for site in reached):
+            left.append((name, "in no attention or MLP of a known layout"))
+    return left
 
 
 def _linear_names(attentions: list[AttentionSite], mlps: list[MlpSite], recipe: Recipe) -> list[str]:
@@ -115,6 +154,7 @@ def convert_linears(model: nn.Module, recipe: Recipe, report: Report) -> None:
 def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
     dense, name = site.module, site.name
     heads = dense.num_heads
+    head_dim = dense.proj.in_features // heads
     shared = recipe.attention == "ecoformer" or (
         recipe.attention == "linear" and (recipe.add == "ksh" or recipe.angular.shared_qk)
     )
@@ -128,10 +168,10 @@ def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
             k_norm = None
         add = {"none": None, "quant": recipe.binary, "ksh": recipe.hash}[recipe.add]
         if recipe.attention == "ecoformer":
-            attention = EcoformerAttention(qkv, dense.proj, heads, dense.head_dim, recipe.hash, q_norm)
+            attention = EcoformerAttention(qkv, dense.proj, heads, head_dim, recipe.hash, q_norm)
         else:
             attention = AngularAttention(
-                qkv, dense.proj, heads, dense.head_dim, add, recipe.angular, site.prefix_tokens, q_norm, k_norm
+                qkv, dense.proj, heads, head_dim, add, recipe.angular, site.prefix_tokens, q_norm, k_norm
             )
         if attention.token_conv is not None:
             report.made.append((f"{name}.token_conv.weight", "zeros"))

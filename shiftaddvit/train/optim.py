@@ -4,28 +4,23 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
 
-from shiftaddvit.layers.attention import TokenConv
-from shiftaddvit.layers.router import Router
 from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.reparam.decay import undecayed
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float, shift_lr_scale: float) -> list[dict]:
     """Three groups: matrices (decay) · vectors, routers, token convolutions, embeddings and Q latents (no decay) · PS exponents and
     signs (no decay, lr × `shift_lr_scale`). Weight decay would pull |W| = 2^s to 1 and signs to 0."""
-    latents, undecayed = set(), set()
-    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    for module in model.modules():
-        if isinstance(module, ShiftLinear):
-            (latents if module.config.variant == "ps" else undecayed).update(map(id, module.latent_parameters()))
-        elif isinstance(module, (Router, TokenConv)):
-            undecayed.update(map(id, module.parameters()))
+    skip = undecayed(model) | set(model.no_weight_decay() if hasattr(model, "no_weight_decay") else ())
+    exponents = [module for module in model.modules() if isinstance(module, ShiftLinear) and module.config.variant == "ps"]
+    latents = {id(parameter) for module in exponents for parameter in module.latent_parameters()}
     decay, plain, shifts = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in latents:
             shifts.append(parameter)
-        elif parameter.ndim <= 1 or id(parameter) in undecayed or name in skip:
+        elif parameter.ndim <= 1 or name in skip:
             plain.append(parameter)
         else:
             decay.append(parameter)
