@@ -174,6 +174,14 @@ def test_a_change_of_settings_is_another_row(tmp_path):
     assert [line.top1 for line in lines] in ([75, 50], [50, 75]) and len({line.label for line in lines}) == 2
 
 
+def test_other_images_under_the_same_name_are_another_table(tmp_path):
+    files.put(tmp_path, "a.json", files.finetune(150, None))
+    dev = files.evaluation(80, 100) | {"labels_digest": "of other images"}
+    files.put(tmp_path, "b.json", stamped("finetune", files.finetune(150, {"name": "msa"}) | {"evaluation": dev}))
+    measured = [[line.top1 for line in one.lines if line.runs] for one in comparisons(read_results([tmp_path]))]
+    assert measured == [[75], [80], [], []]
+
+
 def test_published_and_measured_are_columns_of_their_own(folder):
     for number, found in enumerate(comparisons(read_results([folder]))):
         made = table(found, number)

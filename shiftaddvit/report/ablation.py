@@ -22,15 +22,19 @@ class Subject:
 
     model: ModelRef
     """The network."""
-    data: str
+    data: str = ""
     """What accuracies are of; empty for a table without measured accuracies."""
+    images: int = 0
+    """How many."""
+    labels: str = ""
+    """Digest of their labels: other images under the same name are another table."""
 
     @property
     def title(self) -> str:
         """For people."""
         size = f", {self.model.size[0]}×{self.model.size[1]}" if self.model.size else ""
         changed = " (own arguments)" if self.model.args else ""
-        return f"{self.model.name}{changed}{size}" + (f" · {self.data}" if self.data else "")
+        return f"{self.model.name}{changed}{size}" + (f" · {self.data} ({self.images:,} images)" if self.data else "")
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,23 @@ class Comparison:
 
 def comparisons(results: Results) -> tuple[Comparison, ...]:
     """Measured networks first, then the paper's two tables."""
-    measured = dict.fromkeys(Subject(run.model, run.data) for run in results.runs)
+    measured = dict.fromkeys(map(_subject, results.runs))
     found = [_comparison(subject, results) for subject in measured]
     covered = {c.subject.model.name for c in found if c.published}
     for name in ("pvt_v2_b0", "pvt_tiny"):
         if name not in covered:
-            found.append(_comparison(Subject(ModelRef(name, "", PUBLISHED_SIZE), ""), results))
+            found.append(_comparison(Subject(ModelRef(name, "", PUBLISHED_SIZE)), results))
     return tuple(found)
+
+
+def _subject(run: RunResult) -> Subject:
+    return Subject(run.model, run.data, run.accuracy.images, run.accuracy.labels_digest)
 
 
 def _comparison(subject: Subject, results: Results) -> Comparison:
     rows = classification()
     published = _is_published(subject)
-    runs = [run for run in results.runs if (run.model, run.data) == (subject.model, subject.data)]
+    runs = [run for run in results.runs if _subject(run) == subject]
     groups: dict[tuple[str, str], list[RunResult]] = {}
     for run in runs:
         groups.setdefault((run.recipe, run.variant), []).append(run)
