@@ -203,7 +203,7 @@ def test_other_networks_sizes_and_data_get_no_published_numbers(folder):
 
 def test_a_time_at_another_image_size_is_not_shown_beside_an_accuracy(folder):
     tiny, b0, _ = comparisons(read_results([folder]))
-    assert all(line.speed is None for line in tiny.lines)
+    assert all(line.speed is None for line in tiny.lines) and all(line.energy is None for line in b0.lines)
     assert cell_of(b0, "ours-quant-moe", "latency, ms").value == pytest.approx(0.5)
 
 
@@ -296,6 +296,9 @@ def hostile(tmp_path_factory):
     evil_layer = [{"name": EVIL, "kind": EVIL, "primitive": EVIL, "levels": {"dram": 1e6}, "total_pj": 1e6}]
     files.put(folder, "d.json", stamped("energy", files.energy(EVIL) | {"per_layer": evil_layer, "total_mj": 1e-3}))
     files.put(folder, "e.json", files.view(EVIL))
+    layer = files.dispatch()["layers"][0] | {"name": EVIL}
+    picture = files.dispatch()["pictures"][0] | {"experts": {EVIL: "0110000011111111"}}
+    files.put(folder, "h.json", stamped("dispatch", files.dispatch() | {"layers": [layer], "pictures": [picture]}))
     files.put(folder, "f.json", {"shiftaddvit": {"kind": EVIL, "version": EVIL}})
     pictures = [files.dispatch()["pictures"][0] | {"name": EVIL, "label": EVIL, "predicted": EVIL}]
     files.put(folder, "g.json", stamped("dispatch", files.dispatch() | {"pictures": pictures}))
