@@ -25,6 +25,7 @@ from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.reparam.architecture import create_model
 from shiftaddvit.serialization import load
 from shiftaddvit.train import FinetuneConfig, StageConfig, finetune, pretraining
+from shiftaddvit.train.run_folder import annotate_result
 
 CLASSES, SIZE, DEV = 200, 64, 5000
 MODELS = {
@@ -63,6 +64,12 @@ def loaders(data: Path, batch: int, seed: int, split: str, augment: AugmentConfi
     return train, ResidentLoader(*found[split], train=False, batch_size=1000, **common)
 
 
+def named(split: str) -> str:
+    """The data that accuracies are of, for result files."""
+    images = {"val": "10,000 validation images", "dev": "5,000 training images held out"}[split]
+    return f"Tiny-ImageNet-200, 64x64, 95,000 training images, {images}"
+
+
 def pretrain(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = create_model(args.arch, MODELS[args.arch])
@@ -74,6 +81,7 @@ def pretrain(args: argparse.Namespace) -> None:
     )  # fmt: skip
     output = args.out / args.arch
     result = finetune(model, train, val, config, output=output, resume=True)
+    annotate_result(output, data=named("val"))
     print(args.arch, f"{result.evaluation.top1:.2f}", flush=True)
 
 
@@ -93,6 +101,7 @@ def row(args: argparse.Namespace) -> None:
     )  # fmt: skip
     output = args.out / f"{args.arch}-{args.name or args.recipe}-s{args.seed}"
     result = finetune(model, train, val, config, output=output, overwrite=True, teacher=teacher)
+    annotate_result(output, data=named(args.split))
     print(output.name, args.set, f"{result.evaluation.top1:.2f}", flush=True)
 
 

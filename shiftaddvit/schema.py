@@ -21,6 +21,7 @@ VERSIONS: Mapping[str, int] = {
     "ops-bench": 1,
     "quickstart": 1,
     "sensitivity": 1,
+    "train-bench": 1,
 }
 """The version that this package writes and reads; it goes up when a field changes its meaning or goes away."""
 ANNOTATIONS = ("command", "data", "name", "note")

@@ -17,6 +17,8 @@ from shiftaddvit.evaluation import evaluate
 from shiftaddvit.quickstart import assets, multiplications, pretrain, rows
 from shiftaddvit.quickstart.command import RESULT, quickstart, run
 from shiftaddvit.reparam import reparameterize
+from shiftaddvit.report.ablation import comparisons
+from shiftaddvit.report.reading import read_results
 from shiftaddvit.serialization import load, read_metadata
 
 SHORT = rows.Budget(train_images=40, test_images=100, batch=20)
@@ -133,6 +135,26 @@ def test_saved_rows_evaluate_as_the_table_says(short_run, images):
     folder, found, _ = short_run
     loader = assets.test_loader(images.test_images[:100], images.test_labels[:100])
     assert evaluate(load(folder / "ours-quant-moe.safetensors"), loader, progress=False).top1 == found[-1].evaluation.top1
+
+
+def test_the_report_shows_the_whole_run(short_run, tmp_path):
+    folder, found, text = short_run
+    assert f"shiftaddvit report {folder}" in text.replace("\n", "")
+    read = read_results([folder])
+    assert not read.skipped
+    assert [run.accuracy.top1 for run in read.runs] == [row.evaluation.top1 for row in found]
+    assert {energy.recipe for energy in read.energies} == {"dense", *rows.ROWS.values()} and {curve.label for curve in read.curves} == set(rows.ROWS.values())
+    maps = read.dispatches[0]
+    assert len(maps.pictures) == 8 and maps.mixtures[0].grid == (8, 8) and maps.images == 100
+    lines = [line for line in comparisons(read)[0].lines if line.runs]
+    assert len(lines) == 6 and all(line.energy for line in lines)
+
+
+def test_every_row_has_a_card(short_run):
+    folder, found, _ = short_run
+    for row in found[1:]:
+        card = row.file.with_suffix(".md").read_text()
+        assert f"**{row.evaluation.top1:.2f} %**" in card and "Modelled, not measured" in card
 
 
 def test_numbers_are_written_with_their_conditions(short_run):

@@ -87,6 +87,15 @@ def test_results_of_the_repository_are_read():
     assert [(run.model.name, run.recipe, run.accuracy.top1) for run in found.runs] == [("pvt_v2_b0", "dense", 55.34)] and not found.sources[0].stamped
 
 
+def test_what_the_energy_command_writes_is_read(tmp_path):
+    for name, arguments in (("one", ["--recipe", "ours-quant-moe"]), ("compare", ["--compare", "ours-quant-shift"])):
+        outcome = CliRunner().invoke(app, ["energy", "pvt_v2_b0", "--image-size", "64", *arguments, "--json", str(tmp_path / f"{name}.json")])
+        assert outcome.exit_code == 0, outcome.output
+    found = read_results([tmp_path])
+    assert not found.skipped and {e.recipe for e in found.energies} == {"ours-quant-moe", "ours-quant-shift", "msa", "pvt", "ecoformer"}
+    assert {e.model.size for e in found.energies} == {(64, 64)} and all(source.stamped for source in found.sources)
+
+
 def test_the_same_file_under_two_names_counts_once(tmp_path):
     for name in ("a.json", "b.json"):
         files.put(tmp_path, name, files.energy("dense"))

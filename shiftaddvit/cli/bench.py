@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,7 @@ def ops(
     overwrite: Overwrite = False,
 ) -> None:
     """Every kernel beside its baselines and its physical floor (needs a GPU)."""
-    keep, stored = _files(as_json, against, overwrite)
+    keep, stored = _files("ops-bench", as_json, against, overwrite)
     from shiftaddvit.ops.bench import bench_ops
 
     result = bench_ops(tuple(names or ()), tuple(batch or ((32,) if quick else (1, 32, 256))), compiled=not quick, show=typer.echo)
@@ -63,7 +62,7 @@ def model(
     overwrite: Overwrite = False,
 ) -> None:
     """Whole models: the engine, converted and dense, beside timm's model compiled, graphed and eager (needs a GPU)."""
-    keep, stored = _files(as_json, against, overwrite)
+    keep, stored = _files("engine-bench", as_json, against, overwrite)
     from shiftaddvit.engine.bench import Plan, bench_models
 
     plan = Plan(
@@ -88,7 +87,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """A fine-tuning step, dense and converted: time, images a second, memory."""
-    keep, stored = _files(as_json, against, overwrite)
+    keep, stored = _files("train-bench", as_json, against, overwrite)
     from shiftaddvit.bench import TrainPlan, bench_training
 
     from .failures import told_when_memory_ends
@@ -145,9 +144,10 @@ def _known(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(given or usual)
 
 
-def _files(as_json: Path | None, against: Path | None, overwrite: bool) -> tuple[Callable[[dict], None], dict | None]:
-    """What keeps a result, and the stored one; both looked at before anything is measured."""
+def _files(kind: str, as_json: Path | None, against: Path | None, overwrite: bool) -> tuple[Callable[[dict], None], dict | None]:
+    """What keeps a result of this kind, and the stored one; both looked at before anything is measured."""
     from shiftaddvit.files import write_json
+    from shiftaddvit.schema import stamped
 
     refuse_existing(as_json, overwrite)
     stored = None
@@ -156,7 +156,12 @@ def _files(as_json: Path | None, against: Path | None, overwrite: bool) -> tuple
             stored = json.loads(against.read_text())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{against} is no benchmark result: {error}") from None
-    return (partial(write_json, as_json) if as_json else lambda result: None), stored
+
+    def keep(result: dict) -> None:
+        if as_json is not None:
+            write_json(as_json, stamped(kind, result))
+
+    return keep, stored
 
 
 def _judge(result: dict, stored: dict | None, tolerance: float) -> None:

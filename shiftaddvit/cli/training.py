@@ -144,13 +144,14 @@ def _teacher(job: Job, model: "nn.Module", weight: float) -> "nn.Module | None":
 def _finish(job: Job, model: "nn.Module", result: "FinetuneResult", metadata: dict[str, str], base: dict[str, str]) -> None:
     from shiftaddvit.model_card import ModelFacts
     from shiftaddvit.serialization import read_metadata, save
-    from shiftaddvit.train.run_folder import MODEL
+    from shiftaddvit.train.run_folder import MODEL, annotate_result
 
     written = job.output / MODEL
     # Once more, with what evaluation must know about the images.
     with told_when_disk_is_full(written):
         facts = replace(ModelFacts.from_metadata(read_metadata(written)), data=job.data.data, **base)
         report = save(model, written, metadata=metadata, facts=facts)
+        annotate_result(job.output, data=job.data.data)
     if result.evaluation is not None:
         typer.echo(summary(result.evaluation))
     typer.echo(f"written: {report}")

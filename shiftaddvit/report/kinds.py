@@ -12,7 +12,7 @@ from shiftaddvit.intervals import wilson_interval
 
 from .fields import Fields, Unusable
 from .networks import image_size, model_ref, recipe_name
-from .read_costs import read_energies, read_energy, read_engine, read_ops, read_sweep
+from .read_costs import read_energies, read_energy, read_engine, read_ops, read_sweep, read_train_bench
 from .read_dispatch import read_dispatch
 from .results import (
     Accuracy,
@@ -203,5 +203,6 @@ READERS: Mapping[str, Callable[[Fields, Source, Results], None]] = {
     "ops-bench": read_ops,
     "quickstart": read_quickstart,
     "sensitivity": read_sensitivity,
+    "train-bench": read_train_bench,
 }
 """By kind; as many as there are kinds."""

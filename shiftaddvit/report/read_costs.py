@@ -73,19 +73,29 @@ def read_engine(values: Fields, source: Source, found: Results) -> None:
     """Whole models."""
     rows = []
     for row in values.each("rows"):
-        contender, status = row.text("contender"), row.text("status")
-        times: dict[str, Any] = {"median_us": None, "low_us": None, "high_us": None}
-        batch = row.count("batch", 1)
-        if status == "measured":
-            times = {key: row.number(key, 0) for key in times}
-            if not 0 < times["low_us"] <= times["median_us"] <= times["high_us"]:
-                row.fail("the median time lies outside its own percentiles")
-            row.agree("images_per_s", row.number("images_per_s", 0), batch / times["median_us"] * 1e6)
+        contender = row.text("contender")
         words = contender.split()
         recipe = words[1] if len(words) == 3 and words[0] == "engine" else None
-        size = image_size(row.values.get("image_size")) or (224, 224)
-        rows.append(SpeedResult(ModelRef(row.text("model"), "", size), contender, recipe, batch, status, source=source, **times))
+        rows.append(_speed(row, contender, recipe, image_size(row.values.get("image_size")) or (224, 224), source))
     found.speeds += rows
+
+
+def read_train_bench(values: Fields, source: Source, found: Results) -> None:
+    """Steps of training: rows of the table of speeds, never a latency."""
+    size = image_size(values.fields("conditions").values.get("image_size"))
+    found.speeds += [_speed(row, f"training step, {row.text('recipe')}, {row.text('mode')}", None, size, source) for row in values.each("rows")]
+
+
+def _speed(row: Fields, contender: str, recipe: str | None, size: tuple[int, int] | None, source: Source) -> SpeedResult:
+    """A time lies between its own percentiles, and gives the images a second."""
+    status, batch = row.text("status"), row.count("batch", 1)
+    times: dict[str, Any] = {"median_us": None, "low_us": None, "high_us": None}
+    if status == "measured":
+        times = {key: row.number(key, 0) for key in times}
+        if not 0 < times["low_us"] <= times["median_us"] <= times["high_us"]:
+            row.fail("the median time lies outside its own percentiles")
+        row.agree("images_per_s", row.number("images_per_s", 0), batch / times["median_us"] * 1e6)
+    return SpeedResult(ModelRef(row.text("model"), "", size), contender, recipe, batch, status, source=source, **times)
 
 
 def read_ops(values: Fields, source: Source, found: Results) -> None:

@@ -29,6 +29,7 @@ FORMS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("energy-compare", "baseline recipes"),
         ("energy-sweep", "over values total_mj"),
         ("ops-bench", "ceilings rows conditions"),
+        ("train-bench", "kind conditions rows"),
         ("nvs-evaluate", "scene psnr ssim views"),
         ("nvs-bench", "scene width height rows"),
         ("nvs-train", "steps train_psnr held_out_psnr"),

@@ -113,7 +113,7 @@ def speed_table(results: Results) -> Table | None:
     )
     rows = []
     for speed in results.speeds:
-        time = rate = Cell("not run", "wrong result" if speed.status == "wrong" else "not run", None, speed.status)
+        time = rate = Cell("not run", "wrong result" if speed.status.startswith("wrong") else "not run", None, speed.status)
         if speed.median_us is not None:
             time = Cell(
                 "measured",

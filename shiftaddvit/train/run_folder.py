@@ -77,6 +77,12 @@ class RunFolder:
                 write_json(self.path / RESULT, result)
 
 
+def annotate_result(folder: str | os.PathLike, **texts: str) -> None:
+    """Add what only the caller knows, such as `data`, to a run's result: the annotations of `schema.ANNOTATIONS`, which its digest leaves out."""
+    path = Path(folder) / RESULT
+    write_json(path, json.loads(path.read_text()) | texts)
+
+
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The events of a run's log, less a line that is not whole."""
     events = []
