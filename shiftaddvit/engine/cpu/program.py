@@ -1,0 +1,82 @@
+"""A whole program: every step that has one in its fast form, the batch in parts that stay in the cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..attention import LinearAttentionStep, SoftmaxAttentionStep
+from ..embed import EmbedStep
+from ..mlp import ConvMlpStep, MlpStep, RoutedMlpStep
+from ..program import Launch, Program, Step
+from .attention import LinearAttention, SoftmaxAttention
+from .embed import Embed
+from .memory import keep_freed_memory
+from .mlp import PlainMlp, RoutedMlp, conv_mlp
+
+
+class Runner(Protocol):
+    """A step on a CPU."""
+
+    how: str
+
+    def run(self, x: Tensor) -> Tensor: ...
+
+
+_FAST: dict[type, Callable[[Step], Runner | None]] = {
+    EmbedStep: Embed.of,
+    LinearAttentionStep: LinearAttention.of,
+    SoftmaxAttentionStep: SoftmaxAttention.of,
+    ConvMlpStep: conv_mlp,
+    MlpStep: PlainMlp.of,
+    RoutedMlpStep: RoutedMlp.of,
+}
+
+
+@dataclass(frozen=True)
+class AsItIs:
+    """A step without a form of its own."""
+
+    step: Step
+    """Runs through the ops."""
+    how: str = "torch"
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.step.run(x, Launch())
+
+
+@dataclass(frozen=True)
+class CpuProgram:
+    """What `prepare` makes of a program."""
+
+    runners: tuple[Runner, ...]
+    """One a step."""
+    images: int | None
+    """Taken together; None for the whole batch."""
+
+    @torch.no_grad()
+    def run(self, images: Float[Tensor, "B I H W"]) -> Float[Tensor, "B K"]:
+        """float32 logits."""
+        parts = [images] if self.images is None else images.split(self.images)
+        logits = [self._run(part) for part in parts]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _run(self, x: Tensor) -> Tensor:
+        for runner in self.runners:
+            x = runner.run(x)
+        return x
+
+
+@torch.no_grad()
+def prepare(program: Program) -> CpuProgram:
+    """The program on a CPU. It reads the program's weights where they lie and copies those that oneDNN wants in its own layout, so
+    prepare it again when they change."""
+    keep_freed_memory()
+    runners = []
+    for step in program.steps:
+        make = _FAST.get(type(step))
+        runners.append((make(step) if make else None) or AsItIs(step))
+    return CpuProgram(tuple(runners), None if program.mixes_images else 1)
