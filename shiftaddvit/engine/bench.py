@@ -21,10 +21,9 @@ import shiftaddvit.models  # noqa: F401  (registers PVTv1 with timm)
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
 from shiftaddvit.files import write_json
-from shiftaddvit.layers.attention import AngularAttention
 from shiftaddvit.ops.timing import Timing, copies_for, time_call
-from shiftaddvit.reparam import calibrate, recipes, reparameterize
 
+from .bench_subjects import converted
 from .deploy import deploy
 from .engine import Engine
 
@@ -109,23 +108,12 @@ def _contenders(name: str, batch: int, plan: Plan) -> Iterator[Contender]:
     engine = partial(_engine, plan=plan, batch=batch)
     dtype = getattr(torch, plan.dtype)
     for recipe in plan.recipes:
-        yield Contender(f"engine {recipe} {plan.dtype}", _converted(dense, recipe), dtype, engine)
+        yield Contender(f"engine {recipe} {plan.dtype}", converted(dense, recipe), dtype, engine)
     yield Contender(f"engine dense {plan.dtype}", dense, dtype, engine)
     if plan.compiled:
         yield Contender("timm float16 compiled", dense, torch.float16, _compiled)
     yield Contender("timm float16 graphed", dense, torch.float16, _graphed)
     yield Contender("timm float16 eager", dense, torch.float16, _eager)
-
-
-def _converted(dense: nn.Module, recipe: str) -> nn.Module:
-    model = reparameterize(deepcopy(dense), recipes[recipe])
-    for module in model.modules():
-        if isinstance(module, AngularAttention) and module.token_conv is not None:
-            nn.init.normal_(module.token_conv.weight, std=0.1)
-    if any(isinstance(module, AngularAttention) and module.hash is not None for module in model.modules()):
-        size = getattr(model.patch_embed, "img_size", None) or (224, 224)
-        calibrate(model, torch.randn(2, 3, *size))
-    return model.eval()
 
 
 @torch.no_grad()
@@ -264,21 +252,36 @@ def _line(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", action="append", help="timm name; may be repeated; pvt_v2_b0 when left out")
-    parser.add_argument("--recipe", action="append", help="may be repeated; ours-quant-moe when left out")
-    parser.add_argument("--batch", type=int, action="append", help="may be repeated; 1, 32 and 256 when left out")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--recipe", action="append", help="may be repeated; ours-quant-moe when left out, on a CPU ours-quant-shift too")
+    parser.add_argument("--batch", type=int, action="append", help="may be repeated; 1, 32 and 256 when left out, on a CPU 1 and 8")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--dtype", default="bfloat16", help="on a GPU")
     parser.add_argument("--pdl", action="store_true", help="overlap kernel launches")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-steps", action="store_true", help="do not time single steps")
     parser.add_argument("--quick", action="store_true", help="stop within 5 minutes; otherwise within 30")
     parser.add_argument("--out", type=Path, help="write the JSON result here, after every row")
     given = parser.parse_args()
+    keep = partial(write_json, given.out) if given.out else lambda result: None
+    models, minutes = tuple(given.model or ("pvt_v2_b0",)), 4.0 if given.quick else 30.0
+    if given.device == "cpu":
+        from .bench_cpu import CpuPlan, bench_cpu
+
+        recipes_asked = tuple(given.recipe or ("ours-quant-moe", "ours-quant-shift"))
+        plan = CpuPlan(models, recipes_asked, tuple(given.batch or (1, 8)), given.threads, not given.no_compile, 20 if given.quick else 60, minutes)
+        _report(bench_cpu(plan, keep=keep))
+        return
     plan = Plan(
-        tuple(given.model or ("pvt_v2_b0",)), tuple(given.recipe or ("ours-quant-moe",)), tuple(given.batch or (1, 32, 256)), given.dtype,
-        given.pdl, not given.no_compile, not given.no_steps, 4.0 if given.quick else 30.0,
+        models, tuple(given.recipe or ("ours-quant-moe",)), tuple(given.batch or (1, 32, 256)), given.dtype,
+        given.pdl, not given.no_compile, not given.no_steps, minutes,
     )  # fmt: skip
-    result = bench_models(plan, keep=partial(write_json, given.out) if given.out else lambda result: None)
+    _report(bench_models(plan, keep=keep))
+
+
+def _report(result: dict) -> None:
+    """Fail where a result is wrong."""
     wrong = [f"{row['model']} batch {row['batch']} {row['contender']}" for row in result["rows"] if row["status"] == "wrong"]
     if wrong:
         raise SystemExit(f"{len(wrong)} wrong results: " + "; ".join(wrong))

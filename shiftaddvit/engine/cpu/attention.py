@@ -31,7 +31,7 @@ class LinearAttention:
     """The head's filter for each of its channels; packed for oneDNN where there is one."""
 
     @classmethod
-    def of(cls, step: LinearAttentionStep) -> "LinearAttention":
+    def of(cls, step: LinearAttentionStep, int8: bool) -> "LinearAttention":
         width = step.proj.weight.shape[1]
         head = torch.arange(width) // (width // step.heads)
         factor = 1 / (math.pi * (step.tokens if step.context_mean else 1))
@@ -41,7 +41,7 @@ class LinearAttention:
             conv = step.conv.repeat_interleave(width // step.heads, dim=0).reshape(width, 1, -1, 1)
             if onednn().convolutions:
                 conv = packed(conv, (1, width, step.tokens - step.prefix, 1), 1, (step.conv.shape[1] // 2, 0), width)
-        return cls(step, linear(step.qkv), linear(step.proj), blocks, conv)
+        return cls(step, linear(step.qkv, int8), linear(step.proj, int8), blocks, conv)
 
     @property
     def how(self) -> str:
@@ -107,12 +107,12 @@ class SoftmaxAttention:
     """Over rows."""
 
     @classmethod
-    def of(cls, step: SoftmaxAttentionStep) -> "SoftmaxAttention | None":
+    def of(cls, step: SoftmaxAttentionStep, int8: bool) -> "SoftmaxAttention | None":
         plain = step.q_norm is None and step.k_norm is None and all(p.fusable for p in (*step.sources, step.proj))
         if not plain or not isinstance(step.reduction, EmbedStep | None):
             return None
-        reduction = Embed.of(step.reduction) if step.reduction is not None else None
-        return cls(step, tuple(linear(source) for source in step.sources), reduction, linear(step.proj))
+        reduction = Embed.of(step.reduction, int8) if step.reduction is not None else None
+        return cls(step, tuple(linear(source, int8) for source in step.sources), reduction, linear(step.proj, int8))
 
     @property
     def how(self) -> str:

@@ -24,7 +24,7 @@ class Embed:
     """Whether it is."""
 
     @classmethod
-    def of(cls, step: EmbedStep) -> "Embed":
+    def of(cls, step: EmbedStep, int8: bool) -> "Embed":
         outputs, k = step.weight.shape[0], step.kernel
         if step.size is None:
             weight = step.weight.reshape(outputs, -1, k, k)

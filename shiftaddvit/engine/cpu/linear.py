@@ -1,5 +1,6 @@
 """A linear layer, or a mixture of two, over rows."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..weights import Norm, Projection
+from .onednn import integer_linear, onednn, prepared_integers
 
 NARROW = 32
 """K·N/(K+N) below which a mixture computes both experts: there rows cost more to move than to multiply."""
+
+WIDE = 96
+"""Outputs from which a product in integers gains more than rounding its rows costs."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,33 @@ class Dense:
             return a @ self.weight if self.bias is None else torch.addmm(self.bias, a, self.weight)
         y = torch.addmm(residual, a, self.weight)
         return y if self.bias is None else y.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class Integer:
+    """One matrix whose values are exact in eight bits, over rows rounded to eight bits: the only error is that rounding."""
+
+    weight: Tensor
+    """int8, in oneDNN's layout."""
+    scale: Float[Tensor, "out"]
+    """Of a weight's unit in each output."""
+    zeros: Int[Tensor, "out"]
+    """Zero points of the weight."""
+    bias: Float[Tensor, "out"] | None
+    """Added to every row."""
+    how: str = "oneDNN int8"
+
+    def __call__(self, a: Float[Tensor, "M in"], residual: Float[Tensor, "M out"] | None = None) -> Float[Tensor, "M out"]:
+        # One scale for all rows, from their largest value, so nothing saturates. NaN and infinity make it NaN, and every output.
+        largest = float(a.abs().amax())
+        unit = largest / 127 if math.isfinite(largest) else math.nan
+        rounded = torch.add(_MIDDLE, a, alpha=1 / unit if unit > 0 else 0.0).to(torch.uint8)
+        y = integer_linear(rounded, unit, self.weight, self.scale, self.zeros, self.bias)
+        return y if residual is None else y.add_(residual)
+
+
+_MIDDLE = torch.tensor(128.5)
+"""The code of zero, and a half for rounding where conversion cuts off."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +94,7 @@ class Partition:
 
     router: Float[Tensor, "in 2"]
     """Transposed."""
-    experts: tuple[Dense, Dense]
+    experts: tuple[Dense | Integer, Dense | Integer]
     """In the router's order."""
 
     @property
@@ -80,21 +112,40 @@ class Partition:
         return y
 
 
-Linear = Dense | Both | Partition
+Linear = Dense | Integer | Both | Partition
+
+
+def linear(projection: Projection, int8: bool = False) -> Linear:
+    """How a projection that the fused ops compute runs here. With `int8`, matrices that are exact in eight bits and wide enough to be
+    worth rounding their rows take integers."""
+    if projection.router is not None and crossing(projection) < NARROW:
+        return narrow(projection)
+    experts = tuple(_expert(w, b, int8) for w, b in zip(projection.weight, biases(projection), strict=True))
+    return experts[0] if projection.router is None else Partition(projection.router.t(), experts)
+
+
+def _expert(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None, int8: bool) -> Dense | Integer:
+    exact = eight_bits(weight) if int8 and len(weight) >= WIDE and onednn().integers else None
+    if exact is None:
+        return Dense(weight.t(), bias)
+    values, scale = exact
+    return Integer(prepared_integers(values), scale, torch.zeros(len(scale), dtype=torch.int32), bias)
+
+
+def eight_bits(weight: Float[Tensor, "out in"]) -> tuple[Tensor, Float[Tensor, "out"]] | None:
+    """(values, scale) with weight = values · scale[:, None] exactly and |values| ≤ 64, as four-bit codes have; None where there are none.
+
+    64 and not 127: two products of a 255 and a 64 still fit the 16 bits into which processors without VNNI add pairs."""
+    scale = weight.abs().amax(dim=1) / 64
+    scale = torch.where(scale > 0, scale, 1.0)
+    values = (weight / scale.unsqueeze(1)).round().to(torch.int8)
+    return (values, scale) if torch.equal(values * scale.unsqueeze(1), weight) else None
 
 
 def crossing(projection: Projection) -> float:
     """K·N/(K+N): products for each value read or written."""
     outputs, inputs = projection.weight.shape[1:]
     return inputs * outputs / (inputs + outputs)
-
-
-def linear(projection: Projection) -> Linear:
-    """How a projection that the fused ops compute runs here."""
-    if projection.router is None or crossing(projection) < NARROW:
-        return narrow(projection)
-    experts = tuple(Dense(w.t(), b) for w, b in zip(projection.weight, biases(projection), strict=True))
-    return Partition(projection.router.t(), experts)
 
 
 def narrow(projection: Projection) -> Dense | Both:

@@ -75,10 +75,10 @@ class ConvMlp:
     """Over rows."""
 
     @classmethod
-    def of(cls, step: ConvMlpStep) -> "ConvMlp":
+    def of(cls, step: ConvMlpStep, int8: bool) -> "ConvMlp":
         hidden = len(step.conv_bias)
         filters = packed(step.conv.t().reshape(hidden, 1, 3, 3), (1, hidden, *step.grid), 1, (1, 1), hidden)
-        return cls(step, linear(step.fc1), filters, linear(step.fc2))
+        return cls(step, linear(step.fc1, int8), filters, linear(step.fc2, int8))
 
     @property
     def how(self) -> str:
@@ -92,14 +92,14 @@ class ConvMlp:
         return normalised(y, step.closing).view(x.shape)
 
 
-def conv_mlp(step: ConvMlpStep) -> BlockedConvMlp | ConvMlp | None:
+def conv_mlp(step: ConvMlpStep, int8: bool) -> BlockedConvMlp | ConvMlp | None:
     """The form that suits the step's width; None where oneDNN has no such convolutions or the step is not fused."""
     if not (step.fused and step.fc1.fusable and not step.relu):
         return None
     mixture = step.fc1.router is not None or step.fc2.router is not None
     if onednn().blocked and crossing(step.fc1) < (BLOCKED_MIXTURE if mixture else BLOCKED):
         return BlockedConvMlp.of(step)
-    return ConvMlp.of(step) if onednn().convolutions else None
+    return ConvMlp.of(step, int8) if onednn().convolutions else None
 
 
 def _filters(weight: Float[Tensor, "out flat"], side: int) -> Tensor:
@@ -123,8 +123,8 @@ class PlainMlp:
     """Over rows."""
 
     @classmethod
-    def of(cls, step: MlpStep) -> "PlainMlp | None":
-        return cls(step, linear(step.fc1), linear(step.fc2)) if step.fc1.fusable and step.fc2.fusable else None
+    def of(cls, step: MlpStep, int8: bool) -> "PlainMlp | None":
+        return cls(step, linear(step.fc1, int8), linear(step.fc2, int8)) if step.fc1.fusable and step.fc2.fusable else None
 
     @property
     def how(self) -> str:
@@ -146,7 +146,7 @@ class RoutedMlp:
     how: str = "MKL, rows by expert"
 
     @classmethod
-    def of(cls, step: RoutedMlpStep) -> "RoutedMlp | None":
+    def of(cls, step: RoutedMlpStep, int8: bool) -> "RoutedMlp | None":
         if not step.fused:
             return None
         columns = [[Dense(w.t(), b) for w, b in zip(part.weight, biases(part), strict=True)] for part in (step.first[0], step.second[0])]

@@ -18,6 +18,10 @@ from .memory import keep_freed_memory
 from .mlp import PlainMlp, RoutedMlp, conv_mlp
 
 
+CACHED = 16 * 2**20
+"""Bytes of the widest activation of images that run together: a part of the last cache, and blocks that the heap keeps."""
+
+
 class Runner(Protocol):
     """A step on a CPU."""
 
@@ -26,7 +30,7 @@ class Runner(Protocol):
     def run(self, x: Tensor) -> Tensor: ...
 
 
-_FAST: dict[type, Callable[[Step], Runner | None]] = {
+_FAST: dict[type, Callable[[Step, bool], Runner | None]] = {
     EmbedStep: Embed.of,
     LinearAttentionStep: LinearAttention.of,
     SoftmaxAttentionStep: SoftmaxAttention.of,
@@ -60,8 +64,8 @@ class CpuProgram:
     @torch.no_grad()
     def run(self, images: Float[Tensor, "B I H W"]) -> Float[Tensor, "B K"]:
         """float32 logits."""
-        parts = [images] if self.images is None else images.split(self.images)
-        logits = [self._run(part) for part in parts]
+        parts = 1 if self.images is None else -(-len(images) // self.images)
+        logits = [self._run(part) for part in images.tensor_split(parts)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -71,12 +75,24 @@ class CpuProgram:
 
 
 @torch.no_grad()
-def prepare(program: Program) -> CpuProgram:
+def prepare(program: Program, int8: bool = False) -> CpuProgram:
     """The program on a CPU. It reads the program's weights where they lie and copies those that oneDNN wants in its own layout, so
-    prepare it again when they change."""
+    prepare it again when they change. With `int8`, products whose weights are exact in eight bits round their inputs to eight bits, at a
+    scale of each picture's own: pictures then run one by one."""
     keep_freed_memory()
     runners = []
     for step in program.steps:
         make = _FAST.get(type(step))
-        runners.append((make(step) if make else None) or AsItIs(step))
-    return CpuProgram(tuple(runners), None if program.mixes_images else 1)
+        runners.append((make(step, int8) if make else None) or AsItIs(step))
+    return CpuProgram(tuple(runners), None if program.mixes_images else 1 if int8 else _together(program))
+
+
+def _together(program: Program) -> int:
+    """Images whose widest activation fits the cache."""
+    steps = [step for step in program.steps if isinstance(step, ConvMlpStep | MlpStep)]
+    widest = max((_tokens(step) * step.fc1.weight.shape[1] for step in steps), default=1)
+    return max(1, CACHED // (4 * widest))
+
+
+def _tokens(step: ConvMlpStep | MlpStep) -> int:
+    return step.grid[0] * step.grid[1] if isinstance(step, ConvMlpStep) else step.tokens
