@@ -106,10 +106,8 @@ class Partition:
         order, first = sorted_by_expert(second(a, self.router))
         rows = a.index_select(0, order)
         parts = [expert(part) for expert, part in zip(self.experts, (rows[:first], rows[first:]), strict=True) if len(part)]
-        y = parts[0].new_empty(len(a), parts[0].shape[1]) if residual is None else residual.clone()
-        for part, index in zip(parts, (order[:first], order[first:]) if len(parts) == 2 else (order,), strict=True):
-            y = y.index_copy_(0, index, part) if residual is None else y.index_add_(0, index, part)
-        return y
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.empty_like(y).index_copy_(0, order, y) if residual is None else residual.index_add(0, order, y)
 
 
 Linear = Dense | Integer | Both | Partition

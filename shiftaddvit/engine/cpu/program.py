@@ -17,7 +17,6 @@ from .embed import Embed
 from .memory import keep_freed_memory
 from .mlp import PlainMlp, RoutedMlp, conv_mlp
 
-
 CACHED = 16 * 2**20
 """Bytes of the widest activation of images that run together: a part of the last cache, and blocks that the heap keeps."""
 
@@ -61,12 +60,13 @@ class CpuProgram:
     images: int | None
     """Taken together; None for the whole batch."""
 
-    @torch.no_grad()
     def run(self, images: Float[Tensor, "B I H W"]) -> Float[Tensor, "B K"]:
         """float32 logits."""
         parts = 1 if self.images is None else -(-len(images) // self.images)
-        logits = [self._run(part) for part in images.tensor_split(parts)]
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+        with torch.inference_mode():
+            logits = [self._run(part) for part in images.tensor_split(parts)]
+        # Joined outside, so that the result is an ordinary tensor.
+        return torch.cat(logits).detach()
 
     def _run(self, x: Tensor) -> Tensor:
         for runner in self.runners:
