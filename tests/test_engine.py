@@ -278,7 +278,7 @@ def test_what_cannot_be_lowered_is_refused_by_name(make, message: str):
         (dict(device="mps"), "mps"),
         (dict(device="nowhere"), "nowhere"),
         (dict(backend="cuda"), "backend"),
-        (dict(backend="cpu"), "backend"),
+        (dict(backend="cpu", dtype=torch.float16), "backend"),
         (dict(image_size=-1), "image_size"),
         (dict(image_size=65), "image_size=|image_size must"),
         (dict(pdl=True), "pdl"),

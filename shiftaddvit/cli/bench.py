@@ -9,6 +9,7 @@ import typer
 
 from shiftaddvit.errors import UserError, unknown
 
+from . import options
 from .failures import refuse_existing
 
 SLOWER_OR_WRONG = 3
@@ -25,14 +26,14 @@ Against = Annotated[Path | None, typer.Option(help="A stored result of the same 
 Tolerance = Annotated[float, typer.Option(help="How much slower counts, as a share.")]
 Quick = Annotated[bool, typer.Option("--quick", help="The few cases that tell most, in about five minutes.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")]
-Models = Annotated[list[str] | None, typer.Argument(help="timm names, pvt_tiny … [default: pvt_v2_b0]")]
+Models = Annotated[list[str] | None, typer.Argument(help="timm names, pvt_tiny … (default: pvt_v2_b0)")]
 Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="May be repeated.")]
 
 
 @app.command()
 def ops(
-    names: Annotated[list[str] | None, typer.Argument(help="matshift, matadd … [default: all]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 1, 32, 256]")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="matshift, matadd … (default: all)")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. (default: 1, 32, 256)")] = None,
     quick: Quick = False,
     as_json: Output = None,
     against: Against = None,
@@ -51,25 +52,38 @@ def ops(
 @app.command()
 def model(
     models: Models = None,
-    recipe: Recipes = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 1, 32, 256]")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the engine: bfloat16, float16 or float32.")] = "bfloat16",
-    steps: Annotated[bool, typer.Option(help="Also time every step of the engine.")] = True,
+    recipe: Annotated[list[str] | None, typer.Option(help="May be repeated. (default: ours-quant-moe, on a CPU ours-quant-shift too)")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. (default: 1, 32, 256; on a CPU 1, 8)")] = None,
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the engine on a GPU: bfloat16, float16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="On a CPU.")] = 2,
+    compiled: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
+    steps: Annotated[bool, typer.Option(help="On a GPU also time every step of the engine.")] = True,
     quick: Quick = False,
     as_json: Output = None,
     against: Against = None,
     tolerance: Tolerance = 0.05,
     overwrite: Overwrite = False,
 ) -> None:
-    """Whole models: the engine, converted and dense, beside timm's model compiled, graphed and eager (needs a GPU)."""
+    """Whole models: the engine, converted and dense, beside timm's model compiled, graphed and eager."""
     keep, stored = _files("engine-bench", as_json, against, overwrite)
-    from shiftaddvit.engine.bench import Plan, bench_models
+    import torch
 
-    plan = Plan(
-        tuple(models or ("pvt_v2_b0",)), _known(recipe, ("ours-quant-moe",)), tuple(batch or (1, 32, 256)), dtype, steps=steps,
-        minutes=4.0 if quick else 30.0,
-    )  # fmt: skip
-    _judge(bench_models(plan, show=typer.echo, keep=keep), stored, tolerance)
+    names, minutes = tuple(models or ("pvt_v2_b0",)), 4.0 if quick else 30.0
+    if options.one_of("--device", device, ("auto", "cuda", "cpu")) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        from shiftaddvit.engine.bench_cpu import CpuPlan, bench_cpu
+
+        chosen = _known(recipe, ("ours-quant-moe", "ours-quant-shift"))
+        plan = CpuPlan(names, chosen, tuple(batch or (1, 8)), threads, compiled, 20 if quick else 60, minutes)
+        result = bench_cpu(plan, show=typer.echo, keep=keep)
+    else:
+        from shiftaddvit.engine.bench import Plan, bench_models
+
+        plan = Plan(names, _known(recipe, ("ours-quant-moe",)), tuple(batch or (1, 32, 256)), dtype, compiled=compiled, steps=steps, minutes=minutes)
+        result = bench_models(plan, show=typer.echo, keep=keep)
+    _judge(result, stored, tolerance)
 
 
 @app.command()
@@ -106,7 +120,7 @@ def train(
 def tiles(
     models: Models = None,
     recipe: Recipes = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. [default: 1, 32, 256]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. (default: 1, 32, 256)")] = None,
     image_size: Annotated[int, typer.Option(help="Pixels of a side.")] = 224,
     seconds: Annotated[float, typer.Option(help="Stop after about so long for each model and recipe; what was measured is kept.")] = 240.0,
     again: Annotated[bool, typer.Option("--again", help="Also those that have been measured on this kind of GPU.")] = False,

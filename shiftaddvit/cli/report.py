@@ -13,7 +13,7 @@ from .failures import refuse_existing
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Result files (.json), or folders of them: a run, the quickstart's folder, results/.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .html file to write. [default: report.html in the first folder, or beside the first file]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .html file to write. (default: report.html in the first folder, or beside the first file)")] = None,
     figures: Annotated[Path | None, typer.Option(help="Also write every chart as .svg and .png and every table as .md, .tex and .csv into this folder.")] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     overwrite: options.Overwrite = False,

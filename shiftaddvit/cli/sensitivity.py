@@ -21,7 +21,7 @@ def sensitivity(
     pretrained: options.Pretrained = False,
     num_classes: options.Classes = None,
     model_arg: options.ModelArgs = None,
-    primitive: Annotated[list[str] | None, typer.Option(help="linear, add, hash, attn-shift or mlp-shift; may be repeated. [default: all but hash]")] = None,
+    primitive: Annotated[list[str] | None, typer.Option(help="linear, add, hash, attn-shift or mlp-shift; may be repeated. (default: all but hash)")] = None,
     together: Annotated[bool, typer.Option("--together", help="Only all layers of a kind at once, not one by one.")] = False,
     images: Annotated[int, typer.Option(help="Evaluate on so many images, drawn at random; they are kept in memory.")] = 1000,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",

@@ -1,16 +1,14 @@
-"""Measure whole models: `python -m shiftaddvit.engine.bench --quick --out engine.json`. Correct first, then timed.
+"""Measure whole models on a GPU (`shiftaddvit bench model`). Correct first, then timed.
 
 A contender is right when its logits are at most twice as far from the float32 model's as those of the same model under torch.autocast
 in its dtype; a wrong one has no time. What the budget of minutes does not reach is written down as not run.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median, quantiles
 
 import timm
@@ -20,12 +18,9 @@ from torch import Tensor, nn
 import shiftaddvit.models  # noqa: F401  (registers PVTv1 with timm)
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
-from shiftaddvit.files import write_json
-from shiftaddvit.layers.attention import AngularAttention
 from shiftaddvit.ops.timing import Timing, copies_for, time_call
-from shiftaddvit.reparam import calibrate, recipes, reparameterize
-from shiftaddvit.schema import stamped
 
+from .bench_subjects import converted
 from .deploy import deploy
 from .engine import Engine
 
@@ -110,23 +105,12 @@ def _contenders(name: str, batch: int, plan: Plan) -> Iterator[Contender]:
     engine = partial(_engine, plan=plan, batch=batch)
     dtype = getattr(torch, plan.dtype)
     for recipe in plan.recipes:
-        yield Contender(f"engine {recipe} {plan.dtype}", _converted(dense, recipe), dtype, engine)
+        yield Contender(f"engine {recipe} {plan.dtype}", converted(dense, recipe), dtype, engine)
     yield Contender(f"engine dense {plan.dtype}", dense, dtype, engine)
     if plan.compiled:
         yield Contender("timm float16 compiled", dense, torch.float16, _compiled)
     yield Contender("timm float16 graphed", dense, torch.float16, _graphed)
     yield Contender("timm float16 eager", dense, torch.float16, _eager)
-
-
-def _converted(dense: nn.Module, recipe: str) -> nn.Module:
-    model = reparameterize(deepcopy(dense), recipes[recipe])
-    for module in model.modules():
-        if isinstance(module, AngularAttention) and module.token_conv is not None:
-            nn.init.normal_(module.token_conv.weight, std=0.1)
-    if any(isinstance(module, AngularAttention) and module.hash is not None for module in model.modules()):
-        size = getattr(model.patch_embed, "img_size", None) or (224, 224)
-        calibrate(model, torch.randn(2, 3, *size))
-    return model.eval()
 
 
 @torch.no_grad()
@@ -261,33 +245,3 @@ def _line(row: dict) -> str:
     slow = [f"    {s['median_us']:9.1f} µs  {s['step']:26s}{s['ops']}" for s in steps]
     total = [f"    {sum(s['median_us'] for s in steps):9.1f} µs  all steps one by one"] if steps else []
     return "\n".join([line, *slow, *total])
-
-
-def _write(path: Path, result: dict) -> None:
-    write_json(path, stamped("engine-bench", result))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", action="append", help="timm name; may be repeated; pvt_v2_b0 when left out")
-    parser.add_argument("--recipe", action="append", help="may be repeated; ours-quant-moe when left out")
-    parser.add_argument("--batch", type=int, action="append", help="may be repeated; 1, 32 and 256 when left out")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--pdl", action="store_true", help="overlap kernel launches")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-steps", action="store_true", help="do not time single steps")
-    parser.add_argument("--quick", action="store_true", help="stop within 5 minutes; otherwise within 30")
-    parser.add_argument("--out", type=Path, help="write the JSON result here, after every row")
-    given = parser.parse_args()
-    plan = Plan(
-        tuple(given.model or ("pvt_v2_b0",)), tuple(given.recipe or ("ours-quant-moe",)), tuple(given.batch or (1, 32, 256)), given.dtype,
-        given.pdl, not given.no_compile, not given.no_steps, 4.0 if given.quick else 30.0,
-    )  # fmt: skip
-    result = bench_models(plan, keep=partial(_write, given.out) if given.out else lambda result: None)
-    wrong = [f"{row['model']} batch {row['batch']} {row['contender']}" for row in result["rows"] if row["status"] == "wrong"]
-    if wrong:
-        raise SystemExit(f"{len(wrong)} wrong results: " + "; ".join(wrong))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ from torch import nn
 from shiftaddvit.errors import UserError
 from shiftaddvit.ops.backends import Backend, choose_backend
 
+from .cpu.onednn import onednn
 from .engine import Engine
 from .lower import lower
 from .program import Launch
@@ -20,14 +21,17 @@ def deploy(
     image_size: int | tuple[int, int] | None = None,
     backend: Backend = "auto",
     pdl: bool = False,
+    int8: bool = False,
     tune_seconds: float = 120.0,
 ) -> Engine:
     """An engine with the model's weights as they are now: `engine(images) -> logits (B, classes)` in float32.
 
     `batch_size` lists the batches that become CUDA graphs on a GPU. `dtype` is bfloat16 on a GPU and float32 on a CPU; `device` the
     model's; `image_size` the one the model was made for. `backend` is that of every op. `pdl` overlaps kernel launches
-    (compute capability 9 and newer). Kernels whose tiles nobody has measured on this kind of GPU are tuned first, for about `tune_seconds` at
-    most, and the result is kept in the user's cache; 0 takes the tiles as they are. The model keeps its own weights, mode and device. UserError names a module that cannot be lowered, or an argument.
+    (compute capability 9 and newer). `int8`, on a CPU: linears whose weights are exact in eight bits, as codes of four bits are, take
+    inputs rounded to eight bits, at a scale of each image's own; `describe` says which. Kernels whose tiles nobody has measured on this
+    kind of GPU are tuned first, for about `tune_seconds` at most, and the result is kept in the user's cache; 0 takes the tiles as they
+    are. The model keeps its own weights, mode and device. UserError names a module that cannot be lowered, or an argument.
     """
     sizes = tuple(batch_size) if isinstance(batch_size, (tuple, list)) else (batch_size,)
     if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
@@ -37,7 +41,13 @@ def deploy(
     where = _device(device, model)
     if dtype is None:
         dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    choose_backend(backend, torch.empty(0, device=where))
+    choose_backend(backend, torch.empty(0, device=where), ("reference", "triton", "cpu"))
+    if int8 and (where.type != "cpu" or dtype != torch.float32 or backend not in ("auto", "cpu")):
+        raise UserError(f"int8=True needs device 'cpu', dtype float32 and backend 'auto' or 'cpu', got {where}, {dtype} and {backend!r}")
+    if int8 and not onednn().integers:
+        raise UserError("int8=True needs oneDNN's 8-bit linears, which this torch or processor does not have: deploy without int8")
+    if backend == "cpu" and dtype != torch.float32:
+        raise UserError(f"backend 'cpu' computes in float32, got {dtype}; use backend='auto'")
     if pdl and (where.type != "cuda" or torch.cuda.get_device_capability(where) < (9, 0)):
         raise UserError(f"pdl=True needs a GPU of compute capability 9 or newer, the engine is on {where}")
     if tune_seconds < 0:
@@ -45,7 +55,7 @@ def deploy(
     program, launch = lower(model, dtype, image_size, where), Launch(backend, pdl)
     if where.type == "cuda" and tune_seconds > 0:
         tune_once(program, sizes, launch, tune_seconds)
-    return Engine(program, sizes, launch)
+    return Engine(program, sizes, launch, int8)
 
 
 def _device(asked: torch.device | str | None, model: nn.Module) -> torch.device:

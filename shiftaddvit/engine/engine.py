@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
 
+from .cpu import CpuProgram, prepare
 from .lower import lower
 from .program import Launch, Program
 
@@ -33,18 +34,19 @@ class Engine:
     """`engine(images) -> logits`, made by `deploy`.
 
     On a GPU the batch sizes asked for are CUDA graphs; a smaller batch is padded to the next of them, a larger one runs uncaptured. On
-    a CPU the program runs as it is. The result is a copy, in float32, on the engine's device. Several threads may call one engine: a lock
+    a CPU in float32 the steps run in their fast form (`engine.cpu`), otherwise as they are. The result is a copy, in float32, on the engine's device. Several threads may call one engine: a lock
     runs them one after the other. Engines share nothing.
     """
 
-    def __init__(self, program: Program, batch_sizes: tuple[int, ...], launch: Launch = Launch()):
-        self.program, self.launch = program, launch
+    def __init__(self, program: Program, batch_sizes: tuple[int, ...], launch: Launch = Launch(), int8: bool = False):
+        self.program, self.launch, self.int8 = program, launch, int8
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.device, self.dtype = program.device, program.dtype
         self._lock = Lock()
         self._captured: dict[int, Captured] = {}
         self._buffer: Tensor | None = None
         self._done: torch.cuda.Event | None = None
+        self.cpu_program: CpuProgram | None = prepare(program, int8) if self._suits_cpu_program else None
         if self.device.type == "cuda":
             self._capture()
 
@@ -57,7 +59,9 @@ class Engine:
         with self._lock, torch.no_grad(), self._on_device():
             self._wait()
             captured = self._captured.get(self._size_for(count))
-            if captured is None:
+            if self.cpu_program is not None:
+                logits = self.cpu_program.run(images.to(self.dtype))
+            elif captured is None:
                 logits = self.program.run(images.to(self.device, self.dtype), self.launch)
             else:
                 # Rows behind these still hold older images: images do not see each other.
@@ -74,6 +78,8 @@ class Engine:
         with self._lock, self._on_device():
             self._wait()
             self.program.fill_from(program)
+            if self.cpu_program is not None:
+                self.cpu_program = prepare(self.program, self.int8)
             self._mark()
 
     def replayer(self, batch: int) -> Callable[[], None]:
@@ -93,6 +99,11 @@ class Engine:
     def captured_sizes(self) -> tuple[int, ...]:
         """Batch sizes that are CUDA graphs."""
         return tuple(sorted(self._captured))
+
+    @property
+    def _suits_cpu_program(self) -> bool:
+        """Whether the steps have a faster form than their ops: float32 on a CPU, with no other backend asked for."""
+        return self.device.type == "cpu" and self.dtype == torch.float32 and self.launch.backend in ("auto", "cpu")
 
     def _size_for(self, count: int) -> int:
         """The batch size that `count` images are run as; `count` itself where none is large enough."""

@@ -1,17 +1,13 @@
-"""Measure the ops: `python -m shiftaddvit.ops.bench --out ops.json`. Correct first, then timed; a wrong result has no time."""
+"""Measure the ops on a GPU (`shiftaddvit bench ops`). Correct first, then timed; a wrong result has no time."""
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError, unknown
-from shiftaddvit.files import write_json
-from shiftaddvit.schema import stamped
 
 from .bench_blocks import attention_cases, mlp_cases, patch_cases
 from .bench_cases import Case, adder_cases, matadd_cases, matshift_cases, moe_cases
@@ -98,24 +94,3 @@ def _line(row: dict) -> str:
         f"{name}{row['median_us']:9.2f} µs [{row['low_us']:.2f} … {row['high_us']:.2f}]  {row['bytes_per_s'] / 1e12:5.2f} TB/s  "
         f"{row['share_of_floor']:4.0%} of the floor  error {error}"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", action="append", default=[], help=f"one of {', '.join(CASES)}; may be repeated; all when left out")
-    parser.add_argument("--batch", type=int, action="append", help="may be repeated; 1, 32 and 256 when left out")
-    parser.add_argument("--quick", action="store_true", help="batch 32 only, without torch.compile")
-    parser.add_argument("--out", type=Path, help="write the JSON result here")
-    arguments = parser.parse_args()
-    batches = tuple(arguments.batch or ((32,) if arguments.quick else (1, 32, 256)))
-    result = bench_ops(tuple(arguments.op), batches, not arguments.quick)
-    if arguments.out:
-        write_json(arguments.out, stamped("ops-bench", result))
-        print(f"wrote {arguments.out}")
-    wrong = sorted({f"{row['op']} {row['shape']} {row['contender']}" for row in result["rows"] if "median_us" not in row})
-    if wrong:
-        raise SystemExit(f"{len(wrong)} wrong results: " + "; ".join(wrong))
-
-
-if __name__ == "__main__":
-    main()
