@@ -20,6 +20,7 @@ _HOMES = {
     "deploy": "engine",
     "energy": "cost",
     "evaluate": "evaluation",
+    "export": "portable",
     "finetune": "train",
     "load": "serialization",
     "load_pretrained": "models",

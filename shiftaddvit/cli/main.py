@@ -12,6 +12,7 @@ from .convert import convert
 from .dispatch import dispatch
 from .energy import energy
 from .evaluate import evaluate
+from .export import export
 from .failures import Commands
 from .finetune import finetune, pretrain
 from .listing import models, recipes
@@ -45,7 +46,7 @@ def _options(
     """Options before any command."""
 
 
-for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, dispatch, report, recipes, models):
+for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, dispatch, export, report, recipes, models):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(nvs.app, name="nvs")
