@@ -1,9 +1,13 @@
 """Counting what a network computes, and proving that its converted layers do not multiply. NumPy only.
 
-The reference is run once on arrays that tell every operation done to them. A layer whose primitive is `shift` or `add` may add, subtract,
-compare, select and shift; anything else in it, or an operation that is not known, is a failure.
+Two proofs that do not know of one another. The reference is run once on arrays that tell every operation done to them: a layer whose
+primitive is `shift` or `add` may add, negate, compare, select and shift; anything else in it, an operation that is not known, or a result
+that nobody watched is a failure. And the source of those kinds, with the functions it calls, is read: it holds no product, quotient,
+power or matrix product, and calls nothing of NumPy that could.
 """
 
+import ast
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,7 +17,7 @@ from . import reference
 from .network import Network
 
 FREE_OF_MULTIPLICATION = {
-    "add": "add", "subtract": "add", "negative": "add", "left_shift": "shift", "right_shift": "shift", "minimum": "compare", "maximum": "compare",
+    "add": "add", "subtract": "add", "negative": "negate", "left_shift": "shift", "right_shift": "shift", "minimum": "compare", "maximum": "compare",
     "greater": "compare", "greater_equal": "compare", "less": "compare", "less_equal": "compare", "equal": "compare",
 }  # fmt: skip
 """Operations that a converted layer may do, and what they count as."""
@@ -21,8 +25,11 @@ FREE_OF_MULTIPLICATION = {
 MULTIPLYING = {"multiply": "multiply", "matmul": "multiply", "floor_divide": "divide"}
 """Operations of the other layers."""
 
-_MOVING = {"where", "concatenate", "broadcast_to", "pad", "expand_dims", "argmax", "zeros_like", "amax", "max", "sum"}
-"""Functions that move data, or do what the operations inside them are counted for."""
+_MOVING = {"where", "concatenate", "broadcast_to", "pad", "zeros_like", "empty_like", "copyto", "argmax", "max", "sum"}
+"""Functions that move data, or whose operations are counted by themselves."""
+
+_CALLS_IN_CONVERTED = {"where", "minimum", "maximum", "asarray", "zeros", "int64"}
+"""What the source of a converted kind may call of NumPy."""
 
 
 class Watched(np.ndarray):
@@ -45,10 +52,10 @@ class Watched(np.ndarray):
         return watched(result, self._tally_of(inputs))
 
     def __array_function__(self, function, types, args, kwargs):
-        tally = self.tally
-        if tally is not None and function.__name__ not in _MOVING:
-            tally[function.__name__] += 1
-        return super().__array_function__(function, types, args, kwargs)
+        if self.tally is not None and function.__name__ not in _MOVING:
+            self.tally[function.__name__] += 1
+        result = super().__array_function__(function, types, args, kwargs)
+        return watched(result, self.tally) if isinstance(result, np.ndarray) else result
 
     @staticmethod
     def _tally_of(inputs: tuple) -> Counter | None:
@@ -95,11 +102,14 @@ class Audit:
 
     layers: tuple[LayerCount, ...]
     """In order."""
+    source: tuple[str, ...]
+    """Products in the source of the converted kinds."""
 
     @property
     def failures(self) -> list[str]:
-        """One line for every layer that did what it must not; empty is a pass."""
-        return [f"{one.name} ({one.kind}, primitive {one.primitive}) did {', '.join(one.forbidden)}" for one in self.layers if one.forbidden]
+        """One line for every layer that did what it must not, and for every product in the source; empty is a pass."""
+        did = [f"{one.name} ({one.kind}, primitive {one.primitive}) did {', '.join(one.forbidden)}" for one in self.layers if one.forbidden]
+        return did + list(self.source)
 
     def total(self, *, converted: bool) -> dict[str, int]:
         """Operations of all converted layers, or of all others."""
@@ -135,11 +145,34 @@ def audit(network: Network, image: np.ndarray) -> Audit:
     for layer in network.description["layers"]:
         tally: Counter = Counter()
         inputs = [watched(tensors[name], tally) for name in layer["inputs"]]
-        # Constants count too: an operation between two of them is done in advance, one with a tensor is not.
-        tensors[layer["name"]] = np.asarray(reference.run_layer(layer, network.arrays, inputs))
+        # An operation between two constants is done in advance and does not count; one with a tensor does.
+        output = reference.run_layer(layer, network.arrays, inputs)
+        # What is read from a table is the table's own array.
+        if not isinstance(output, Watched) and layer["kind"] != "table":
+            tally["something that was not watched"] += 1
+        tensors[layer["name"]] = np.asarray(output)
         names = FREE_OF_MULTIPLICATION | MULTIPLYING
         counts: Counter = Counter()
         for operation, count in tally.items():
             counts[names.get(operation, operation)] += count
         found.append(LayerCount(layer["name"], layer["kind"], layer["primitive"], dict(sorted(counts.items()))))
-    return Audit(tuple(found))
+    return Audit(tuple(found), tuple(products_in_source(sorted({one.kind for one in found if one.converted}))))
+
+
+def products_in_source(kinds: list[str]) -> list[str]:
+    """Products in the source of kinds of the reference and of what they call there, one line each; empty is a pass."""
+    tree = {node.name: node for node in ast.parse(inspect.getsource(reference)).body if isinstance(node, ast.FunctionDef)}
+    seen, waiting, found = set(), [reference.KINDS[kind].__name__ for kind in kinds], []
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(tree[name]):
+            if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (ast.Mult, ast.MatMult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)):
+                found.append(f"{name}, line {node.lineno} of reference.py: {type(node.op).__name__}")
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np" and node.attr not in _CALLS_IN_CONVERTED:
+                found.append(f"{name}, line {node.lineno} of reference.py: np.{node.attr}")
+            if isinstance(node, ast.Name) and node.id in tree:
+                waiting.append(node.id)
+    return found

@@ -174,7 +174,7 @@ def softmax_attention(p, q, k, v):
     q, k, v = (_heads(x, p["heads"]).transpose(0, 2, 1, 3) for x in (q, k, v))  # (images, heads, tokens, width)
     scores = q @ k.transpose(0, 1, 3, 2)
     below = scores.max(axis=-1, keepdims=True) - scores
-    e = p["table"][np.minimum(round_shift(below, p["index_shift"]), len(p["table"]) - 1)].astype(np.int64)
+    e = np.take(p["table"].astype(np.int64), np.minimum(round_shift(below, p["index_shift"]), len(p["table"]) - 1))
     gain = p["gain"]
     y = round_divide((e @ v) << max(gain, 0), e.sum(axis=-1, keepdims=True) << max(-gain, 0))
     return saturate(y, p["bits"]).transpose(0, 2, 1, 3).reshape(len(q), q.shape[2], -1)
@@ -195,7 +195,7 @@ def route(p, x):
 
 def table(p, x):
     """y = table[x − lowest x]: GELU."""
-    return p["table"].astype(np.int64)[x - p["lowest"]]
+    return np.take(p["table"].astype(np.int64), x - p["lowest"])
 
 
 def select(p, index, *experts):
