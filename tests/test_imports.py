@@ -83,7 +83,7 @@ def test_imports_run_one_way(file):
             assert other != "cli", f"{here} must not import the command line (line {line})"
 
 
-@pytest.mark.parametrize("name", ["train", "evaluation", "cost", "engine", "nvs", "cli"])
+@pytest.mark.parametrize("name", ["train", "evaluation", "cost", "engine", "nvs", "portable", "hardware", "cli"])
 def test_the_core_does_not_look_back(name):
     for file in FILES:
         if part(file) in CORE:

@@ -5,7 +5,7 @@
 
 from importlib import import_module
 
-_HOMES = {"Audit": "audit", "HardwareReport": "handover", "Network": "network", "Widths": "widths", "audit": "audit", "hand_over": "handover", "to_integers": "convert"}
+_HOMES = {"HardwareReport": "handover", "Network": "network", "Widths": "widths", "hand_over": "handover", "to_integers": "convert"}
 
 __all__ = sorted(_HOMES)
 
