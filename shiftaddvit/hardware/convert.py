@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
 
-from .layers import float_run
+from .calibrate import in_parts, observe
 from .lower import as_tokens, lower
 from .network import Network
 from .quantise import quantise
@@ -30,12 +30,17 @@ def to_integers(model: nn.Module, images: Float[Tensor, "B C H W"], widths: Widt
     images = images.detach().float().cpu()
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    expected = model(images.to(next(model.parameters()).device)).double().cpu()
+    device = next(model.parameters()).device
+    expected = in_parts(as_tokens(images), lambda part: model(_as_images(part, size).to(device)).double().cpu())
     for module, training in modes.items():
         module.training = training
-    got = float_run(layers, as_tokens(images))[layers[-1].name][:, 0]
+    observed, got = observe(layers, as_tokens(images))
     # Codes and routes are decisions that rounding may turn on single images: the median image decides.
     difference = float((got - expected).abs().amax(dim=1).median())
     if not difference <= _SAME * max(1.0, float(expected.abs().max())):
         raise UserError(f"the lowered network does not compute what the model does (logits differ by {difference:.2g}): this is a bug in the lowering")
-    return quantise(layers, as_tokens(images), widths, size)
+    return quantise(layers, observed, widths, size)
+
+
+def _as_images(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, size)

@@ -15,7 +15,8 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_folder
 from shiftaddvit.ops.matshift import formats
 
-from . import reference, torch_reference
+from . import reference
+from .accuracy import compare
 from .audit import Audit, audit
 from .convert import to_integers
 from .lower import as_tokens
@@ -78,8 +79,7 @@ def hand_over(
         raise UserError(f"vectors must be at least 1, got {vectors}")
     network = to_integers(model, images, widths)
     pixels = network.to_integers(as_tokens(images).cpu().numpy())
-    expected = model.eval()(images.to(next(model.parameters()).device)).argmax(1).cpu()
-    same = int((torch_reference.logits(network, torch.from_numpy(pixels)).argmax(1) == expected).sum())
+    same = compare(model, network, [(images, torch.zeros(len(images)))]).same
     found = audit(network, pixels[:1])
     if found.failures:
         raise RuntimeError("the audit failed: " + "; ".join(found.failures[:4]))

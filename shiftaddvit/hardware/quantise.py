@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from shiftaddvit.errors import UserError
 
-from .layers import Layer, float_run, signed_digits
+from .calibrate import Observed
+from .layers import Layer, signed_digits
 from .network import VERSION, Network
 from .reference import NORM_FRACTION
 from .widths import Widths
@@ -24,16 +24,15 @@ _ROOM = 62
 Arrays = dict[str, np.ndarray]
 
 
-def quantise(layers: list[Layer], image: Float[Tensor, "B N C"], widths: Widths, grid: tuple[int, int]) -> Network:
-    """The integer network. `image` holds normalised calibration images; more of them give better fractions.
+def quantise(layers: list[Layer], floats: Mapping[str, Observed], widths: Widths, grid: tuple[int, int]) -> Network:
+    """The integer network; `floats` are the values that its tensors took on calibration images.
 
     UserError for ranges that do not fit (an accumulator of more than 62 bits), named.
     """
-    floats = float_run(layers, image)
-    broken = [name for name, tensor in floats.items() if not torch.isfinite(tensor.double()).all()]
+    broken = [name for name, seen in floats.items() if not torch.isfinite(seen.values).all()]
     if broken:
         raise UserError(f"calibration gives values of {broken[0]} that are not finite")
-    tensors = {"image": _format(widths.image, fraction_for(floats["image"], widths.image), floats["image"])}
+    tensors = {"image": _format(widths.image, fraction_for(floats["image"].values, widths.image), floats["image"])}
     descriptors, arrays = [], {}
     for layer in layers:
         fields, own, bits, fraction = _KINDS[layer.kind](layer, [tensors[name] for name in layer.inputs], floats)
@@ -81,12 +80,12 @@ def signed_width(bound: int) -> int:
     return int(bound).bit_length() + 1
 
 
-def _format(bits: int, fraction: int, like: Tensor) -> dict[str, Any]:
-    return {"bits": bits, "fraction": fraction, "shape": list(like.shape[1:])}
+def _format(bits: int, fraction: int, seen: Observed) -> dict[str, Any]:
+    return {"bits": bits, "fraction": fraction, "shape": list(seen.shape)}
 
 
-def _chosen(layer: Layer, floats: Mapping[str, Tensor]) -> int:
-    return fraction_for(floats[layer.like or layer.name], layer.bits)
+def _chosen(layer: Layer, floats: Mapping[str, Observed]) -> int:
+    return fraction_for(floats[layer.like or layer.name].values, layer.bits)
 
 
 def _largest(tensor: Mapping[str, Any]) -> int:
@@ -118,7 +117,7 @@ def _dense_rows(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(rows * 2.0 ** fraction[:, None]).astype(np.int64).reshape(weight.shape), fraction
 
 
-def _multiplying(layer: Layer, source: Mapping, floats: Mapping[str, Tensor]):
+def _multiplying(layer: Layer, source: Mapping, floats: Mapping[str, Observed]):
     fraction = _chosen(layer, floats)
     weight, weight_fraction = _dense_rows(layer.params["weight"])
     shift, bias, width, silent = _rows(np.abs(weight), weight_fraction, layer.params["bias"], source, fraction)
