@@ -130,7 +130,11 @@ def test_no_input_overflows_an_accumulator_and_no_bit_of_it_is_spare(case):
         if layer["kind"] not in ("shift_linear", "linear"):
             continue
         arrays = {field: network.arrays[name].astype(np.int64) for field, name in layer["arrays"].items()}
-        weight = arrays["weight"] if layer["kind"] == "linear" else torch_reference.code_integers(torch.from_numpy(arrays["codes"]), layer["code_bits"]).numpy()
+        weight = (
+            arrays["weight"]
+            if layer["kind"] == "linear"
+            else torch_reference.code_integers(torch.from_numpy(arrays["codes"]), layer["code_bits"]).numpy()
+        )
         lowest = -(2 ** (network.description["tensors"][layer["inputs"][0]]["bits"] - 1))
         # The worst input of a row has every sum of one sign; so a partial sum is never larger.
         worst = [int(b) + int(abs(w).sum()) * -lowest for b, w in zip(abs(arrays["bias"]), weight, strict=True)]

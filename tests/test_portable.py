@@ -155,3 +155,5 @@ def test_the_command_writes_once_and_refuses_to_replace(tmp_path):
     assert again.exit_code == 2 and "exists already" in again.output
     wrong = CliRunner().invoke(app, [*command[:3], "jpeg", "--output", "x"])
     assert wrong.exit_code == 2 and "allowed: onnx, torch, vectors" in wrong.output
+    blind = CliRunner().invoke(app, [*command[:3], "vectors", "--output", str(tmp_path / "v")])
+    assert blind.exit_code == 2 and "give --images DATA" in blind.output

@@ -171,7 +171,12 @@ def products_in_source(kinds: list[str]) -> list[str]:
         for node in ast.walk(tree[name]):
             if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (ast.Mult, ast.MatMult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)):
                 found.append(f"{name}, line {node.lineno} of reference.py: {type(node.op).__name__}")
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np" and node.attr not in _CALLS_IN_CONVERTED:
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "np"
+                and node.attr not in _CALLS_IN_CONVERTED
+            ):
                 found.append(f"{name}, line {node.lineno} of reference.py: np.{node.attr}")
             if isinstance(node, ast.Name) and node.id in tree:
                 waiting.append(node.id)

@@ -38,7 +38,9 @@ def to_integers(model: nn.Module, images: Float[Tensor, "B C H W"], widths: Widt
     # Codes and routes are decisions that rounding may turn on single images: the median image decides.
     difference = float((got - expected).abs().amax(dim=1).median())
     if not difference <= _SAME * max(1.0, float(expected.abs().max())):
-        raise UserError(f"the lowered network does not compute what the model does (logits differ by {difference:.2g}): this is a bug in the lowering")
+        raise UserError(
+            f"the lowered network does not compute what the model does (logits differ by {difference:.2g}): this is a bug in the lowering"
+        )
     return quantise(layers, observed, widths, size)
 
 

@@ -17,7 +17,6 @@ from shiftaddvit.layers.attention import AngularAttention, BinaryConfig, Softmax
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
 from shiftaddvit.layers.packed import PackedShiftLinear
 from shiftaddvit.layers.shift import ShiftLinear
-from shiftaddvit.ops.matshift import formats
 
 from .layers import Layer
 from .widths import Widths
@@ -158,7 +157,9 @@ class _Lowering:
         """o = (scale/π)·Q(KᵀV) + local, then unit length, then + token convolution of v."""
         config, add = attn.config, attn.add
         if not isinstance(add, BinaryConfig) or add.threshold == "tensor":
-            raise UserError(f"{name} has no integer form here: of linear attention, that with codes (add = 'quant') and threshold 'token' or 'zero' has")
+            raise UserError(
+                f"{name} has no integer form here: of linear attention, that with codes (add = 'quant') and threshold 'token' or 'zero' has"
+            )
         if not isinstance(attn.q_norm, nn.Identity) or config.output_norm == "similarity":
             what = "output_norm = 'similarity'" if config.output_norm == "similarity" else "a norm on its queries"
             raise UserError(f"{name} has {what}, which has no integer form here")
@@ -213,13 +214,18 @@ class _Lowering:
 
     def _check_gate(self, mixture: nn.Module, name: str) -> None:
         if mixture.config.gate == "paper":
-            raise UserError(f"{name} multiplies by its gate (gate = 'paper'), which has no integer form here: 'value-preserving' needs no multiplication")
+            raise UserError(
+                f"{name} multiplies by its gate (gate = 'paper'), which has no integer form here: 'value-preserving' needs no multiplication"
+            )
 
     def _conv(self, conv: nn.Conv2d, name: str, x: str, grid: Grid, bits: int) -> tuple[str, Grid]:
         depthwise = conv.groups == conv.in_channels and conv.groups > 1
         if type(conv) is not nn.Conv2d or conv.dilation != (1, 1) or (conv.groups > 1 and not depthwise) or isinstance(conv.padding, str):
             raise UserError(f"{name} has no integer form here: full and depthwise convolutions without dilation have")
-        out = tuple((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in zip(grid, conv.padding, conv.kernel_size, conv.stride, strict=True))
+        out = tuple(
+            (side + 2 * pad - kernel) // stride + 1
+            for side, pad, kernel, stride in zip(grid, conv.padding, conv.kernel_size, conv.stride, strict=True)
+        )
         bias = conv.bias.detach().double() if conv.bias is not None else None
         geometry = {"grid": grid, "stride": conv.stride, "padding": conv.padding, "depthwise": depthwise}
         return self.add("conv", name, (x,), "mult", bits, weight=conv.weight.detach().double(), bias=bias, **geometry), out

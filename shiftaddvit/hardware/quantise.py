@@ -186,9 +186,7 @@ def _shift_add(layer, sources, floats):
     digits = [signed_digits(coefficient) for coefficient in layer.params["coefficients"]]
     # The accumulator's fraction is the finest of all terms, so that every place is a shift to the left.
     finest = max(source["fraction"] - place for source, terms in zip(sources, digits, strict=True) for _, place in terms)
-    terms = [
-        [[sign, finest - source["fraction"] + place] for sign, place in digit] for source, digit in zip(sources, digits, strict=True)
-    ]
+    terms = [[[sign, finest - source["fraction"] + place] for sign, place in digit] for source, digit in zip(sources, digits, strict=True)]
     bound = sum(_largest(source) * 2**place for source, term in zip(sources, terms, strict=True) for _, place in term)
     arrays: Arrays = {}
     if layer.params.get("constant") is not None:
@@ -243,7 +241,12 @@ def _softmax(layer, sources, floats):
 def _mean(layer, sources, floats):
     (source,) = sources
     count = source["shape"][0] - layer.params["first"]
-    return {"first": layer.params["first"], "accumulator_bits": signed_width(2 * count * _largest(source) + count)}, {}, source["bits"], source["fraction"]
+    return (
+        {"first": layer.params["first"], "accumulator_bits": signed_width(2 * count * _largest(source) + count)},
+        {},
+        source["bits"],
+        source["fraction"],
+    )
 
 
 def _route(layer, sources, floats):
