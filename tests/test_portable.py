@@ -32,7 +32,7 @@ def in_onnxruntime(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "recipe", "packed"),
-    [("pvt_v2", "ours-ksh-add-shift-moe", True), ("pvt_v1", "mlp-moe", False), ("vit", "ours-quant-shift", True), ("vit", "ecoformer", False)],
+    [("pvt_v2", "ours-ksh-add-shift-moe", True), ("pvt_v1", "mlp-moe", False), ("vit", "ours-quant-shift", True)],
 )
 def test_onnxruntime_gives_the_logits_of_the_model_at_every_batch_size(family, recipe, packed, tmp_path):
     model = converted(family, recipe, **SMALLER[family])
@@ -133,11 +133,20 @@ def test_a_program_that_computes_something_else_is_not_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+class Pyramid(nn.Module):
+    def forward(self, x):
+        return [x, x]
+
+
 def test_wrong_names_are_told(tmp_path):
     with pytest.raises(UserError, match="unknown format 'onx': did you mean 'onnx'"):
         sav.export(nn.Identity(), tmp_path / "m.onnx", "onx")
     with pytest.raises(UserError, match=r"must end in \.onnx"):
         sav.export(nn.Identity(), tmp_path / "m.pt2", "onnx")
+    with pytest.raises(UserError, match="packed and opset are about"):
+        sav.export(nn.Identity(), tmp_path / "v", "vectors", packed=True)
+    with pytest.raises(UserError, match="Pyramid gives more than one tensor"):
+        sav.export(Pyramid(), tmp_path / "m.pt2", "torch", images=images(2))
     with pytest.raises(UserError, match="images must be"):
         sav.export(nn.Identity(), tmp_path / "m.pt2", "torch", images=torch.zeros(3, 32, 32))
 

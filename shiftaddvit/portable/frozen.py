@@ -59,11 +59,11 @@ class CodedLinear(nn.Module):
 
 
 def frozen(model: nn.Module, packed: bool = False) -> nn.Module:
-    """A copy in evaluation mode with the function of `model` and no parameter that trains; `packed` keeps shift weights as codes.
+    """A float32 copy in evaluation mode with the function of `model` and no parameter that trains; `packed` keeps shift weights as codes.
 
     UserError for a shift layer whose bits cannot be packed, if `packed`.
     """
-    model = deepcopy(model).eval().cpu()
+    model = deepcopy(model).eval().cpu().float()
     if packed:
         pack(model)
     for name, module in list(model.named_modules()):

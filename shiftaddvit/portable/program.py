@@ -85,6 +85,8 @@ def export(
     if format == "vectors":
         from shiftaddvit.hardware import hand_over
 
+        if packed or opset is not None:
+            raise UserError("packed and opset are about formats 'torch' and 'onnx': vectors hold shift weights packed and unpacked")
         if images is None:
             raise UserError("format 'vectors' calibrates the ranges of activations on images: give some")
         return hand_over(model, images, output)
@@ -95,6 +97,8 @@ def export(
     constant = frozen(model, packed)
     samples = _samples(constant, images)
     with torch.no_grad():
+        if not isinstance(constant(samples[:1]), Tensor):
+            raise UserError(f"{type(model).__name__} gives more than one tensor: export takes models that map images to logits")
         # Of a batch of one, the tracer would take the one for a constant.
         program = torch.export.export(constant, (samples[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
     about = {"recipe": getattr(getattr(model, "shiftaddvit_recipe", None), "name", None), "image_size": list(samples.shape[2:])} | dict(
