@@ -18,7 +18,6 @@ import torch
 from shiftaddvit.conditions import conditions
 from shiftaddvit.files import write_json
 from shiftaddvit.nvs.choose import load_any
-from shiftaddvit.nvs.convert import ROWS, reparameterize_gnt
 from shiftaddvit.nvs.evaluate import evaluate
 from shiftaddvit.nvs.floors import Nearest, Sweep
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
@@ -28,10 +27,12 @@ from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
 from shiftaddvit.nvs.output import score_table
 from shiftaddvit.nvs.pictures import write_png
 from shiftaddvit.nvs.render import make_renderer
+from shiftaddvit.nvs.rows import ROWS
 from shiftaddvit.schema import stamped
 from shiftaddvit.nvs.scene import Scene
 from shiftaddvit.nvs.train import NvsTrainConfig, train
 from shiftaddvit.nvs.video import depth_picture, error_picture
+from shiftaddvit.reparam import reparameterize
 
 FLOORS = ("nearest", "sweep")
 ALL = (*FLOORS, "nerf", "gnt", "gnt-longer", *ROWS)
@@ -72,7 +73,7 @@ def make_model(row: str, scene: Scene, arguments: argparse.Namespace) -> torch.n
         return NeRF(NeRFConfig(ndc=inspect_scene(scene).forward_facing)).fit(scene)
     if row == "gnt":
         return GNT(GNTConfig(depth=arguments.depth, samples=arguments.samples, dropout=0.0))
-    return dense_start(arguments) if row == "gnt-longer" else reparameterize_gnt(dense_start(arguments), row)
+    return dense_start(arguments) if row == "gnt-longer" else reparameterize(dense_start(arguments), row)
 
 
 def train_row(row: str, model: torch.nn.Module, scene: Scene, arguments: argparse.Namespace) -> dict:

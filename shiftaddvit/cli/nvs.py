@@ -212,9 +212,9 @@ def bench(
     from shiftaddvit.files import write_json
     from shiftaddvit.nvs.bench import bench_result, time_row
     from shiftaddvit.nvs.choose import choose_device, row_model
-    from shiftaddvit.nvs.convert import ROWS
     from shiftaddvit.nvs.load import load_scene
     from shiftaddvit.nvs.output import bench_table
+    from shiftaddvit.nvs.rows import ROWS
 
     loaded, place = load_scene(scene, width), choose_device(device)
     timings = []

@@ -11,10 +11,9 @@ from shiftaddvit.cost import energy
 from shiftaddvit.published import view_synthesis
 from shiftaddvit.schema import stamped
 
-from .convert import ROWS
 from .render import make_renderer
+from .rows import ROWS
 from .scene import Scene
-
 
 @dataclass(frozen=True)
 class Timing:

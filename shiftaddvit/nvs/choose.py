@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from shiftaddvit.errors import UserError, unknown
-from shiftaddvit.reparam.recipe import as_recipe
+from shiftaddvit.reparam import reparameterize
 
-from .convert import ROWS, reparameterize_gnt
 from .floors import Nearest, Sweep
 from .gnt import GNT, GNTConfig
 from .gnt.checkpoints import load_published
 from .inspect import inspect_scene
 from .nerf import NeRF, NeRFConfig
 from .paths import held_out, interpolated, read_path, spiral
+from .rows import ROWS
 from .scene import Camera, Scene
 from .state import load_model
 
@@ -71,7 +71,7 @@ def choose_model(
     if recipe is None:
         return model
     if recipe != getattr(getattr(model, "shiftaddvit_recipe", None), "name", None):
-        reparameterize_gnt(model, as_recipe(recipe))
+        reparameterize(model, recipe)
     return model
 
 
@@ -116,7 +116,7 @@ def row_model(row: str, scene: Scene, samples: int | None) -> tuple[str, nn.Modu
     if name == "gnt":
         return name, GNT(GNTConfig(**shape))
     if name in ROWS:
-        return name, reparameterize_gnt(GNT(GNTConfig(**shape)), name)
+        return name, reparameterize(GNT(GNTConfig(**shape)), name)
     if name in ("nearest", "sweep"):
         return name, load_any(name)
     raise unknown("row", name, ("nerf", "gnt", *ROWS, "nearest", "sweep"))
