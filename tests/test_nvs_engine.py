@@ -8,7 +8,7 @@ import torch
 from ops_checks import error
 
 from shiftaddvit.errors import UserError
-from shiftaddvit.layers.attention import AngularConfig, BinaryConfig
+from shiftaddvit.layers.attention import AngularConfig
 from shiftaddvit.layers.moe import MoEConfig
 from shiftaddvit.layers.shift import ShiftConfig
 from shiftaddvit.nvs.engine import deploy_gnt
@@ -131,7 +131,7 @@ def test_view_lookup_reads_what_the_projector_reads(scene, backend):
     depths = sample_depths(len(rays.origin), model.samples, rays.near, rays.far, False, "cpu")
     seen = look_up(rays.origin[:, None] + depths[..., None] * rays.direction[:, None], rays.origin, sources)
     engine = deploy_gnt(model, torch.float32, backend=backend)
-    target = (rays.origin, rays.direction, depths[0].contiguous(), *engine._prepare(sources))
+    target = (rays.origin, rays.direction, depths[0].contiguous(), *engine.prepare(sources))
     x, geometry, q = engine.program.look_up.run(type("T", (tuple,), {})(target), engine.launch)
     expected = model.net_coarse.rgbfeat_fc(seen.values)  # (R, S, V, C)
     assert error(x, expected.flatten(0, 1).transpose(0, 1)) < 1e-4

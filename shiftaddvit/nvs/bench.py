@@ -15,6 +15,7 @@ from .render import Engine, make_renderer
 from .rows import ROWS
 from .scene import Scene
 
+
 @dataclass(frozen=True)
 class Timing:
     """One row, timed."""

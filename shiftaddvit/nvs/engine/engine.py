@@ -58,7 +58,7 @@ class RayEngine(nn.Module):
     def forward(self, rays: Rays, sources: Sources) -> RayColors:
         """Colours and depths. The same number of rays each time replays one graph."""
         if sources is not self._sources:
-            self._sources, self._views = sources, self._prepare(sources)
+            self._sources, self._views = sources, self.prepare(sources)
         depths = sample_depths(1, self.samples, rays.near, rays.far, False, rays.origin.device)[0].contiguous()
         target = Target(rays.origin.float(), rays.direction.float(), depths, *self._views)
         if not rays.origin.is_cuda:
@@ -72,7 +72,7 @@ class RayEngine(nn.Module):
         captured.graph.replay()
         return RayColors(captured.rgb.clone(), captured.depth.clone())
 
-    def _prepare(self, sources: Sources) -> tuple[Tensor, ...]:
+    def prepare(self, sources: Sources) -> tuple[Tensor, ...]:
         """Cameras as one matrix a view; pictures and features channels last, in the program's dtype, padded."""
         dtype = self.program.dtype
         project = sources.intrinsics.double() @ invert_pose(sources.poses.double())[:, :3]
@@ -97,9 +97,7 @@ class RayEngine(nn.Module):
         return Captured(graph, held, rgb, depth)
 
 
-def deploy_gnt(
-    model: GNT, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, backend: Backend = "auto"
-) -> RayEngine:
+def deploy_gnt(model: GNT, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, backend: Backend = "auto") -> RayEngine:
     """The engine of a GNT, dense or converted by any recipe. `dtype` is that of matrix products and of what is kept between kernels;
     geometry, norms, softmax and colours are float32. UserError for a model that has no fused form, naming why."""
     program = lower_gnt(model, dtype, device)

@@ -33,9 +33,7 @@ def fold(attention: ViewAttention, name: str, prep: Preparation) -> dict[str, Te
         "pos_value": padded(pos, len(pos), UNITS), "out_weight": out,
     }  # fmt: skip
     vectors = {"hidden_bias": padded(hidden_bias + hidden @ pos_bias, UNITS), "pos_bias": padded(near_bias, UNITS), "out_bias": bias + out @ pos_bias}
-    return {key: prep.matrix(value, f"{name}.{key}") for key, value in matrices.items()} | {
-        key: prep.vector(value) for key, value in vectors.items()
-    }
+    return {key: prep.matrix(value, f"{name}.{key}") for key, value in matrices.items()} | {key: prep.vector(value) for key, value in vectors.items()}
 
 
 def single(part: Projection) -> bool:

@@ -7,7 +7,13 @@ from torch import nn
 
 from shiftaddvit.engine.attention import SoftmaxAttentionStep
 from shiftaddvit.engine.lower_attention import lower_angular, mixes_images
-from shiftaddvit.engine.weights import Preparation, Projection, joined, layer_norm, projection
+from shiftaddvit.engine.weights import (
+    Preparation,
+    Projection,
+    joined,
+    layer_norm,
+    projection,
+)
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import BinaryConfig
 from shiftaddvit.layers.moe import MoEMlp
@@ -16,7 +22,19 @@ from ..gnt import GNT
 from ..gnt.ray_linear import RayAngularAttention
 from ..gnt.transformer import LINEARS, GNTTransformer, RayAttention, RayBlock, ViewBlock
 from .fold import fold, padded, single
-from .steps import Block, Color, FoldedViews, FusedFeedForward, FusedWeights, LookUp, ModuleFeedForward, ModuleViews, ModuleWeights, Query, RayProgram
+from .steps import (
+    Block,
+    Color,
+    FoldedViews,
+    FusedFeedForward,
+    FusedWeights,
+    LookUp,
+    ModuleFeedForward,
+    ModuleViews,
+    ModuleWeights,
+    Query,
+    RayProgram,
+)
 
 WIDTHS = (16, 32, 64, 128)
 

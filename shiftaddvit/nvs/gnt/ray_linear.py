@@ -10,9 +10,7 @@ from shiftaddvit.layers.attention import AngularAttention, merge_heads
 class RayAngularAttention(AngularAttention):
     """Linear attention along a ray; with binary codes both of its products are additions."""
 
-    def forward(
-        self, x: Float[Tensor, "R S C"], want_weights: bool = False
-    ) -> tuple[Float[Tensor, "R S C"], Float[Tensor, "R S"] | None]:
+    def forward(self, x: Float[Tensor, "R S C"], want_weights: bool = False) -> tuple[Float[Tensor, "R S C"], Float[Tensor, "R S"] | None]:
         """The output, and, if wanted, how much the first point attends to each point (mean over heads; sums to 1)."""
         q, k, v = self.queries_keys_values(x)
         if not self.enabled:

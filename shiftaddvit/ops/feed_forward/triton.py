@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import load_columns, normalised_rows
+from ..tiling import Tile, key, tuned
 
 
 @triton.jit
@@ -59,10 +60,12 @@ def feed_forward(
     (m, c), out = x.shape, torch.empty_like(x)
     if m:
         half = x.dtype != torch.float32
-        wide = half and c <= 64
-        feed_forward_kernel[(triton.cdiv(m, 128 if wide else 32),)](
+        experts = f"{weight1.shape[0]}{weight2.shape[0]}"
+        tile = tuned(x.device, key(f"feed_forward{experts}", c, weight1.shape[1])) if half else None
+        tile = tile or (Tile(128, c, 64, 8, 2) if half and c <= 64 else Tile(32, c, 64, 4, 2 if half else 1))
+        feed_forward_kernel[(triton.cdiv(m, tile.m),)](
             x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, router1, router2, out, m, eps,
             C=c, HIDDEN=weight1.shape[1], FIRST=weight1.shape[0], SECOND=weight2.shape[0],
-            PRECISION="tf32" if half else "tf32x3", BM=128 if wide else 32, BH=64, STAGES=2 if half else 1, num_warps=8 if wide else 4,
+            PRECISION="tf32" if half else "tf32x3", BM=tile.m, BH=tile.k, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return out

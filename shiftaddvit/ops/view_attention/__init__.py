@@ -57,7 +57,9 @@ def view_attention(
         if tuple(weights[name].shape) != shape or weights[name].dtype != q.dtype:
             raise UserError(f"{name} must be {q.dtype} {shape}, got {weights[name].dtype} {tuple(weights[name].shape)}")
     if x.dim() != 3 or x.shape[1:] != q.shape or geometry.shape != (*x.shape[:2], 8) or not x.dtype == geometry.dtype == q.dtype:
-        raise UserError(f"x must be (V, {len(q)}, {width}) and geometry (V, {len(q)}, 8) of {q.dtype}, got {tuple(x.shape)} and {tuple(geometry.shape)}")
+        raise UserError(
+            f"x must be (V, {len(q)}, {width}) and geometry (V, {len(q)}, 8) of {q.dtype}, got {tuple(x.shape)} and {tuple(geometry.shape)}"
+        )
     if len(x) == 0:
         raise UserError("view attention needs at least one view")
     same_device(q=q, x=x, geometry=geometry, hidden_bias=hidden_bias, **weights)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import load_columns, normalised_rows
+from ..tiling import Tile, key, tuned
 
 
 @triton.jit
@@ -67,10 +68,13 @@ def view_attention(
     """Shapes as in the op; all contiguous."""
     (views, points, c), out = x.shape, torch.empty_like(q)
     if points:
-        rows = 64 if q.dtype != torch.float32 and c <= 64 else 32
-        view_attention_kernel[(triton.cdiv(points, rows),)](
+        half = q.dtype != torch.float32
+        tile = tuned(q.device, key("view_attention", views, c)) if half else None
+        tile = tile or Tile(64 if half and c <= 64 else 32, c, 16, 4, 2)
+        view_attention_kernel[(triton.cdiv(points, tile.m),)](
             q, x, geometry, norm_weight, norm_bias, query_weight, key_weight, near_weight, hidden_bias, pos_weight, pos_bias,
             logit_weight, value_weight, pos_value, out_weight, out_bias, out, points, views, eps,
-            C=c, U=query_weight.shape[0], PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BM=rows, STAGES=2, num_warps=4,
+            C=c, U=query_weight.shape[0], PRECISION="tf32" if half else "tf32x3", BM=tile.m, STAGES=tile.stages,
+            num_warps=tile.warps,
         )  # fmt: skip
     return out

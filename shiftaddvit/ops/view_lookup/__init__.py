@@ -68,9 +68,7 @@ def view_lookup(
     schema="(Tensor origin, Tensor direction, Tensor depths, Tensor project, Tensor centre, Tensor images, Tensor features, "
     "Tensor color_weight, Tensor feature_weight, Tensor bias, Tensor out_weight, Tensor out_bias, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def _view_lookup(
-    origin, direction, depths, project, centre, images, features, color_weight, feature_weight, bias, out_weight, out_bias, backend
-):
+def _view_lookup(origin, direction, depths, project, centre, images, features, color_weight, feature_weight, bias, out_weight, out_bias, backend):
     arguments = (
         origin, direction, depths, project, centre, images, features, color_weight, feature_weight, bias, out_weight, out_bias,
     )  # fmt: skip

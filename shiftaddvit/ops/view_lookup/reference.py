@@ -21,7 +21,9 @@ def view_lookup(
     hidden = color.to(dtype) @ color_weight.t() + feature.to(dtype) @ feature_weight.t()
     hidden = (hidden.float() + bias.float()).relu().to(dtype)
     out = ((hidden @ out_weight.t()).float() + out_bias.float()).to(dtype)
-    geometry = torch.cat([_relative(points, origin, centre, len(depths)), seen.unsqueeze(-1).float(), points.new_zeros(views, len(points), 3)], dim=-1)
+    geometry = torch.cat(
+        [_relative(points, origin, centre, len(depths)), seen.unsqueeze(-1).float(), points.new_zeros(views, len(points), 3)], dim=-1
+    )
     return out, geometry.to(dtype), out.amax(dim=0)
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import load_columns
+from ..tiling import Tile, key, tuned
 
 
 @triton.jit
@@ -97,10 +98,11 @@ def view_lookup(
     geometry = torch.empty(views, points, 8, dtype=images.dtype, device=images.device)
     largest = torch.empty(points, c, dtype=images.dtype, device=images.device)
     if points and views:
-        rows = 64 if images.dtype != torch.float32 else 32
-        view_lookup_kernel[(triton.cdiv(points, rows),)](
+        half = images.dtype != torch.float32
+        tile = (tuned(images.device, key("view_lookup", c, channels)) if half else None) or Tile(64 if half else 32, c, channels)
+        view_lookup_kernel[(triton.cdiv(points, tile.m),)](
             origin, direction, depths, project, centre, images, features, color_weight, feature_weight, bias, out_weight, out_bias,
             out, geometry, largest, points, samples, views, height, width, fh, fw,
-            C=c, F=channels, PRECISION="tf32x3" if images.dtype == torch.float32 else "tf32", BM=rows, num_warps=4,
+            C=c, F=channels, PRECISION="tf32" if half else "tf32x3", BM=tile.m, num_warps=tile.warps,
         )  # fmt: skip
     return out, geometry, largest
