@@ -235,6 +235,7 @@ def gnt():
     from shiftaddvit.ops.feed_forward import triton as feed
     from shiftaddvit.ops.ray_output import triton as output
     from shiftaddvit.ops.ray_query import triton as query
+    from shiftaddvit.ops.ray_transformer import triton as ray
     from shiftaddvit.ops.view_attention import triton as attention
     from shiftaddvit.ops.view_lookup import triton as lookup
 
@@ -251,13 +252,26 @@ def gnt():
         )  # fmt: skip
         yield f"view_attention {name}", lambda m=m: attention.view_attention(
             m(points, c), m(views, points, c), m(views, points, 8), vector(c), vector(c), 1e-6, m(16, c), m(16, c), m(16, 16), vector(16),
-            m(16, 8), vector(16), m(c, 16), m(c, c), m(c, 16), m(c, c), vector(c),
+            m(16, 8), vector(16), m(c, 16), m(c, c), m(c, 16), m(c, c), vector(c), [], 1e-6,
         )  # fmt: skip
         for first, second in ((1, 1), (2, 2)):
             yield f"feed_forward x{first}{second} {name}", lambda m=m, e=first, f=second: feed.feed_forward(
-                m(points, c), vector(c), vector(c), 1e-6, m(e, 256, c), vector(e, 256), m(f, c, 256), vector(f, c),
-                vector(2, c) if e == 2 else None, vector(2, 256) if f == 2 else None,
+                m(points, c), vector(c), vector(c), m(e, 256, c), vector(e, 256), m(f, c, 256), vector(f, c),
+                vector(2, c) if e == 2 else None, vector(2, 256) if f == 2 else None, 1e-6,
             )  # fmt: skip
+            fed = lambda m=m, e=first, f=second: [  # noqa: E731
+                vector(c), vector(c), m(e, 256, c), vector(e, 256), m(f, c, 256), vector(f, c), vector(2, c) if e == 2 else None,
+                vector(2, 256) if f == 2 else None,
+            ]  # fmt: skip
+            yield f"view_attention x{first}{second} {name}", lambda m=m, fed=fed: attention.view_attention(
+                m(points, c), m(views, points, c), m(views, points, 8), vector(c), vector(c), 1e-6, m(16, c), m(16, c), m(16, 16), vector(16),
+                m(16, 8), vector(16), m(c, 16), m(c, c), m(c, 16), m(c, c), vector(c), fed(), 1e-6,
+            )  # fmt: skip
+            for form in ("softmax", "token"):
+                yield f"ray_transformer {form} x{first}{second} {name}", lambda m=m, fed=fed, form=form: ray.ray_transformer(
+                    m(rays, samples, c), 4, vector(c), vector(c), 1e-6, m(3 * c, c), m(c, c), vector(c), fed(), 1e-6, form, 0.0, True, True,
+                    True, vector(4, 9) if form == "token" else None,
+                )  # fmt: skip
         yield f"ray_query {name}", lambda m=m: query.ray_query(
             m(points, c), vector(rays, 3), vector(rays, 3), vector(samples), m(c, c), m(c, 64), vector(rays, c), m(c, c), vector(c)
         )
@@ -286,8 +300,8 @@ REPRESENTATIVE = (
     "conv_linear x2 50176x640x160", "encode x2 256x196x320", "mix x2 256x196x160", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",
-    "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",
-    "ray_scores token bfloat16",
+    "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",
+    "ray_transformer token x22 bfloat16", "ray_transformer softmax x11 bfloat16", "ray_scores token bfloat16",
 )  # fmt: skip
 
 

@@ -84,8 +84,9 @@ def test_kernels_equal_their_formulas_step_by_step(row, dtype, scene):
         for mine, theirs in zip(fast.program.look_up.run(target, fast.launch), (x, geometry, q), strict=True):
             assert error(mine, theirs) < bound
         for one, other in zip(fast.program.blocks, plain.program.blocks, strict=True):
-            assert error(one.views.run(q, x, geometry, fast.launch), other.views.run(q, x, geometry, plain.launch)) < bound, one.views.name
-            assert error(one.view_feed.run(q, fast.launch), other.view_feed.run(q, plain.launch)) < bound, one.view_feed.name
+            assert error(one.views.run(q, x, geometry, fast.launch), other.views.run(q, x, geometry, plain.launch)) < bound, one.views.attention.name
+            rows = q.view(61, model.samples, -1)
+            assert error(one.ray.run(rows, fast.launch), other.ray.run(rows, plain.launch)) < bound, one.ray.name
             if one.query is not None:
                 assert error(one.query.run(q, target, fast.launch), other.query.run(q, target, plain.launch)) < bound, one.query.name
 

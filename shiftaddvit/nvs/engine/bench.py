@@ -73,7 +73,9 @@ def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Calla
     scene, rows = _scene(plan), []
     result: dict = {"conditions": conditions("cuda", **asdict(plan)), "ceilings": ceilings(torch.device("cuda")), "rows": rows}
     if plan.tune:
-        result["tiles"] = tune_tiles(_model("gnt", plan), scene, plan, show) | tune_tiles(_model("gnt-add-shift-moe", plan), scene, plan, show)
+        result["tiles"] = {}
+        for row in ("gnt", "gnt-add-shift", "gnt-add-shift-moe"):
+            result["tiles"] |= tune_tiles(_model(row, plan), scene, plan, show)
         keep(result)
     for row, engine, precision, chunk in _contenders(plan):
         entry = {"row": row, "engine": engine, "precision": precision, "chunk": chunk}
@@ -170,11 +172,9 @@ def step_times(engine: RayEngine, scene: Scene, rays: int = RAYS) -> dict[str, f
     for number, block in enumerate(program.blocks[:1] + program.blocks[-1:]):
         name = ("first", "last")[number]
         found[f"{name}.views"] = _alone(lambda block=block: block.views.run(q, x, geometry, launch))
-        found[f"{name}.view_feed"] = _alone(lambda block=block: block.view_feed.run(q, launch))
         if block.query is not None:
             found[f"{name}.query"] = _alone(lambda block=block: block.query.run(q, target, launch))
         found[f"{name}.ray"] = _alone(lambda block=block: block.ray.run(rows, launch))
-        found[f"{name}.ray_feed"] = _alone(lambda block=block: block.ray_feed.run(rows, launch))
     found["weights"] = _alone(lambda: program.weights.run(rows, launch))
     found["color"] = _alone(lambda: program.color.run(rows, launch))
     return found
@@ -186,17 +186,17 @@ def tune_tiles(model: nn.Module, scene: Scene, plan: Plan, show: Callable[[str],
     target, device = _target(engine, scene, RAYS), torch.device("cuda")
     program, launch = engine.program, engine.launch
     x, geometry, q = program.look_up.run(target, launch)
-    block, c = program.blocks[0], q.shape[-1]
-    hidden = block.view_feed.fc1.weight.shape[1]
-    experts = f"{block.view_feed.fc1.weight.shape[0]}{block.view_feed.fc2.weight.shape[0]}"
+    block, c, rows = program.blocks[0], q.shape[-1], q.view(RAYS, -1, q.shape[-1])
+    feed = block.ray.feed.feed
+    experts = f"{feed.weight1.shape[0]}{feed.weight2.shape[0]}"
     trials = {
-        key("view_attention", len(x), c): (
+        key(f"view_attention{experts}", len(x), c): (
             lambda: block.views.run(q, x, geometry, launch),
-            [Tile(m, c, 16, warps, stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2, 3)],
+            [Tile(m, c, 64, warps, stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2, 3)],
         ),
-        key(f"feed_forward{experts}", c, hidden): (
-            lambda: block.view_feed.run(q, launch),
-            [Tile(m, c, k, warps, stages) for m, warps in ((64, 4), (128, 4), (128, 8)) for k in (32, 64, 128) for stages in (1, 2, 3)],
+        key(f"ray_transformer{experts}", block.ray.form, c): (
+            lambda: block.ray.run(rows, launch),
+            [Tile(m, n, k, warps, 1) for m, warps in ((32, 4), (64, 4), (64, 8)) for k in (32, 64) for n in (2, 4)],
         ),
         key("view_lookup", c, program.feature_channels): (
             lambda: program.look_up.run(target, launch), [Tile(m, c, program.feature_channels, w) for m, w in ((32, 4), (64, 4), (64, 8), (128, 8))],

@@ -3,9 +3,9 @@
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from shiftaddvit.engine.attention import SoftmaxAttentionStep
+from shiftaddvit.engine.attention import LinearAttentionStep, SoftmaxAttentionStep
 from shiftaddvit.engine.lower_attention import lower_angular, mixes_images
 from shiftaddvit.engine.weights import (
     Preparation,
@@ -27,6 +27,7 @@ from .steps import (
     Color,
     FoldedViews,
     FusedFeedForward,
+    FusedRay,
     FusedWeights,
     LookUp,
     ModuleFeedForward,
@@ -34,9 +35,12 @@ from .steps import (
     ModuleWeights,
     Query,
     RayProgram,
+    SteppedRay,
+    Views,
 )
 
 WIDTHS = (16, 32, 64, 128)
+HEAD_WIDTHS = (16, 32, 64)
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -62,11 +66,12 @@ def lower_gnt(model: GNT, dtype: torch.dtype, device: torch.device | str | None 
     net, name = model.net_coarse, "net_coarse"
     blocks = [
         Block(
-            _views(net.view_crosstrans[number], f"{name}.view_crosstrans.{number}", prep),
-            _feed(net.view_crosstrans[number], f"{name}.view_crosstrans.{number}", prep),
+            Views(
+                _views(net.view_crosstrans[number], f"{name}.view_crosstrans.{number}", prep),
+                _feed(net.view_crosstrans[number], f"{name}.view_crosstrans.{number}", prep),
+            ),
             _query(net.q_fcs[number], f"{name}.q_fcs.{number}", prep) if number % 2 == 0 else None,
             _ray(net.view_selftrans[number], f"{name}.view_selftrans.{number}", model.samples, prep),
-            _feed(net.view_selftrans[number], f"{name}.view_selftrans.{number}", prep),
         )
         for number in range(len(net.view_crosstrans))
     ]
@@ -115,14 +120,32 @@ def _query(layers: nn.Sequential, name: str, prep: Preparation) -> Query:
     )  # fmt: skip
 
 
-def _ray(block: RayBlock, name: str, samples: int, prep: Preparation) -> object:
-    norm, attention = layer_norm(block.attn_norm, f"{name}.attn_norm", prep), block.attn
+def _ray(block: RayBlock, name: str, samples: int, prep: Preparation) -> FusedRay | SteppedRay:
+    norm, attention, feed = layer_norm(block.attn_norm, f"{name}.attn_norm", prep), block.attn, _feed(block, name, prep)
     if isinstance(attention, RayAngularAttention):
-        return lower_angular(attention, norm, f"{name}.attn", samples, prep)
+        step = lower_angular(attention, norm, f"{name}.attn", samples, prep)
+        width = norm.weight.shape[0]
+        fits = isinstance(step, LinearAttentionStep) and step.local != "mean" and step.qkv.bias is None
+        if not (fits and feed.fused and single(step.qkv) and single(step.proj) and step.qkv.weight.shape[1] == 3 * width):
+            return SteppedRay(step, feed)
+        if width // step.heads not in HEAD_WIDTHS:
+            return SteppedRay(step, feed)
+        return FusedRay(
+            step.name, step.heads, norm, step.qkv.weight[0], step.proj.weight[0], _first(step.proj.bias), feed,
+            "float" if step.codes == "float" else step.rule, -1.0 if step.codes == "plus-minus" else 0.0, step.local == "own",
+            step.context_mean, step.output_unit, step.conv,
+        )  # fmt: skip
     parts = [projection(getattr(attention, linear), f"{name}.attn.{linear}", prep) for linear in LINEARS]
-    together = joined(parts[:3])
+    together, proj = joined(parts[:3]), parts[3]
+    per_head = norm.weight.shape[0] // attention.heads
+    if together is not None and feed.fused and single(proj) and per_head in HEAD_WIDTHS:
+        return FusedRay(f"{name}.attn", attention.heads, norm, together.weight[0], proj.weight[0], _first(proj.bias), feed, "softmax")
     sources = (together,) if together is not None else tuple(parts[:3])
-    return SoftmaxAttentionStep(f"{name}.attn", samples, attention.heads, norm, sources, None, None, None, parts[3])
+    return SteppedRay(SoftmaxAttentionStep(f"{name}.attn", samples, attention.heads, norm, sources, None, None, None, proj), feed)
+
+
+def _first(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias[0]
 
 
 def _weights(block: RayBlock, name: str, prep: Preparation) -> FusedWeights | ModuleWeights:

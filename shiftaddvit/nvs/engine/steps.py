@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from shiftaddvit.engine.program import Launch
 from shiftaddvit.engine.weights import Norm, Projection
-from shiftaddvit.ops.feed_forward import feed_forward
+from shiftaddvit.ops.feed_forward import Feed, feed_forward
 from shiftaddvit.ops.ray_output import ray_color, ray_weights
 from shiftaddvit.ops.ray_query import ray_query
+from shiftaddvit.ops.ray_transformer import ray_transformer
 from shiftaddvit.ops.view_attention import view_attention
 from shiftaddvit.ops.view_lookup import view_lookup
 
@@ -44,6 +45,48 @@ class LookUp:
 
 
 @dataclass(frozen=True)
+class FusedFeedForward:
+    """x + fc2(relu(fc1(norm(x)))) in one kernel."""
+
+    name: str
+    """Module name in the model."""
+    norm: Norm
+    """Before the first linear."""
+    fc1: Projection
+    """One expert or two."""
+    fc2: Projection
+    """Likewise."""
+
+    fused = True
+
+    def run(self, x: Float[Tensor, "*n C"], launch: Launch) -> Float[Tensor, "*n C"]:
+        return feed_forward(x, self.feed, self.norm.eps, launch.backend)
+
+    @property
+    def feed(self) -> Feed:
+        """The same weights as the ops take them."""
+        first, second = self.fc1, self.fc2
+        return Feed(*self.norm.pair, first.weight, first.bias, second.weight, second.bias, first.router, second.router)
+
+
+@dataclass(frozen=True)
+class ModuleFeedForward:
+    """The same by its own layer in float32."""
+
+    name: str
+    """Module name in the model."""
+    norm: Norm
+    """Before it."""
+    module: nn.Module
+    """A copy."""
+
+    fused = False
+
+    def run(self, x: Float[Tensor, "*n C"], launch: Launch) -> Float[Tensor, "*n C"]:
+        return (x.float() + self.module(self.norm.run(x.float()))).to(x.dtype)
+
+
+@dataclass(frozen=True)
 class FoldedViews:
     """View attention multiplied out."""
 
@@ -56,8 +99,12 @@ class FoldedViews:
 
     fused = True
 
-    def run(self, q: Float[Tensor, "RS C"], x: Tensor, geometry: Tensor, launch: Launch) -> Float[Tensor, "RS C"]:
-        return view_attention(q, x, geometry, self.norm.pair, self.norm.eps, **self.weights, backend=launch.backend)
+    def run(
+        self, q: Float[Tensor, "RS C"], x: Tensor, geometry: Tensor, launch: Launch, feed: FusedFeedForward | None = None
+    ) -> Float[Tensor, "RS C"]:
+        """With `feed`, through the block's feed-forward too, in the same kernel."""
+        more = {} if feed is None else {"feed": feed.feed, "feed_eps": feed.norm.eps}
+        return view_attention(q, x, geometry, self.norm.pair, self.norm.eps, **self.weights, **more, backend=launch.backend)
 
 
 @dataclass(frozen=True)
@@ -77,45 +124,6 @@ class ModuleViews:
         seen, where = x.transpose(0, 1).unsqueeze(1).float(), geometry.transpose(0, 1).unsqueeze(1).float()
         a = self.norm.run(q.float()).unsqueeze(1)
         return (q.float() + self.module(a, seen, where[..., :4], where[..., 4:5])[:, 0]).to(q.dtype)
-
-
-@dataclass(frozen=True)
-class FusedFeedForward:
-    """x + fc2(relu(fc1(norm(x)))) in one kernel."""
-
-    name: str
-    """Module name in the model."""
-    norm: Norm
-    """Before the first linear."""
-    fc1: Projection
-    """One expert or two."""
-    fc2: Projection
-    """Likewise."""
-
-    fused = True
-
-    def run(self, x: Float[Tensor, "*n C"], launch: Launch) -> Float[Tensor, "*n C"]:
-        first, second = self.fc1, self.fc2
-        return feed_forward(
-            x, self.norm.pair, self.norm.eps, first.weight, first.bias, second.weight, second.bias, first.router, second.router, launch.backend
-        )
-
-
-@dataclass(frozen=True)
-class ModuleFeedForward:
-    """The same by its own layer in float32."""
-
-    name: str
-    """Module name in the model."""
-    norm: Norm
-    """Before it."""
-    module: nn.Module
-    """A copy."""
-
-    fused = False
-
-    def run(self, x: Float[Tensor, "*n C"], launch: Launch) -> Float[Tensor, "*n C"]:
-        return (x.float() + self.module(self.norm.run(x.float()))).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -201,19 +209,92 @@ class Color:
 
 
 @dataclass(frozen=True)
+class FusedRay:
+    """Attention along the ray and its feed-forward in one kernel."""
+
+    name: str
+    """Module name of the attention in the model."""
+    heads: int
+    """Of queries, keys and values."""
+    norm: Norm
+    """Before the attention."""
+    qkv: Tensor
+    """(3C, C)"""
+    proj: Tensor
+    """(C, C)"""
+    proj_bias: Tensor | None
+    """(C,), float32."""
+    feed: FusedFeedForward
+    """After it."""
+    form: str
+    """Of `ray_transformer`."""
+    low: float = 0.0
+    """What a code has where it is not 1."""
+    own: bool = True
+    """Linear attention: ½ v."""
+    context_mean: bool = True
+    """Linear attention: divided by the number of points."""
+    unit: bool = True
+    """Linear attention: each head scaled to length one."""
+    conv: Tensor | None = None
+    """Linear attention: (heads, window), float32."""
+
+    unfused = ()
+
+    def run(self, x: Float[Tensor, "R S C"], launch: Launch) -> Float[Tensor, "R S C"]:
+        return ray_transformer(
+            x, self.heads, self.norm.pair, self.norm.eps, self.qkv, self.proj, self.proj_bias, self.feed.feed, self.feed.norm.eps, self.form,
+            self.low, self.own, self.context_mean, self.unit, self.conv, launch.backend,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SteppedRay:
+    """Attention along the ray by the deployed engine's steps, rays as its batch, then the feed-forward."""
+
+    attention: object
+    """A step of `shiftaddvit.engine`."""
+    feed: FusedFeedForward | ModuleFeedForward
+    """After it."""
+
+    @property
+    def unfused(self) -> tuple[str, ...]:
+        found = () if self.attention.about().fused else (self.attention.name,)
+        return found if self.feed.fused else (*found, self.feed.name)
+
+    def run(self, x: Float[Tensor, "R S C"], launch: Launch) -> Float[Tensor, "R S C"]:
+        return self.feed.run(self.attention.run(x, launch), launch)
+
+
+@dataclass(frozen=True)
+class Views:
+    """A view transformer: in one kernel where both parts have one."""
+
+    attention: FoldedViews | ModuleViews
+    """Subtraction attention."""
+    feed: FusedFeedForward | ModuleFeedForward
+    """After it."""
+
+    @property
+    def unfused(self) -> tuple[str, ...]:
+        return tuple(part.name for part in (self.attention, self.feed) if not part.fused)
+
+    def run(self, q: Float[Tensor, "RS C"], x: Tensor, geometry: Tensor, launch: Launch) -> Float[Tensor, "RS C"]:
+        if not self.unfused:
+            return self.attention.run(q, x, geometry, launch, self.feed)
+        return self.feed.run(self.attention.run(q, x, geometry, launch), launch)
+
+
+@dataclass(frozen=True)
 class Block:
     """A view transformer and a ray transformer."""
 
-    views: FoldedViews | ModuleViews
-    """View attention."""
-    view_feed: FusedFeedForward | ModuleFeedForward
-    """Its feed-forward."""
+    views: Views
+    """What the views say about each point."""
     query: Query | None
     """On even blocks."""
-    ray: object
-    """Ray attention: a step of the deployed engine, rays as its batch."""
-    ray_feed: FusedFeedForward | ModuleFeedForward
-    """Its feed-forward."""
+    ray: FusedRay | SteppedRay
+    """What the points say to each other."""
 
 
 @dataclass(frozen=True)
@@ -241,16 +322,15 @@ class RayProgram:
         x, geometry, q = self.look_up.run(target, launch)
         rays, samples = len(target.origin), len(target.depths)
         for block in self.blocks:
-            q = block.view_feed.run(block.views.run(q, x, geometry, launch), launch)
+            q = block.views.run(q, x, geometry, launch)
             if block.query is not None:
                 q = block.query.run(q, target, launch)
             before = q.view(rays, samples, -1)
-            q = block.ray_feed.run(block.ray.run(before, launch), launch).flatten(0, 1)
+            q = block.ray.run(before, launch).flatten(0, 1)
         weights = self.weights.run(before, launch)
         return self.color.run(q.view(rays, samples, -1), launch), weights @ target.depths
 
     @property
     def unfused(self) -> tuple[str, ...]:
         """Names of what runs as ordinary torch operations."""
-        found = [step.name for block in self.blocks for step in (block.views, block.view_feed, block.ray_feed) if not step.fused]
-        return tuple(found + [block.ray.name for block in self.blocks if not block.ray.about().fused])
+        return tuple(name for block in self.blocks for part in (block.views, block.ray) for name in part.unfused)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def feed_forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-    router1: Tensor | None, router2: Tensor | None,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+    router1: Tensor | None, router2: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     a = F.layer_norm(x.float(), x.shape[-1:], norm_weight.float(), norm_bias.float(), eps)
     hidden = _routed(a, weight1, bias1, router1).relu()

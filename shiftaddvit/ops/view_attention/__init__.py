@@ -1,4 +1,4 @@
-"""GNT's view transformer attention in one kernel: LayerNorm, subtraction attention over V views, output projection, residual.
+"""GNT's view transformer in one kernel: LayerNorm, subtraction attention over V views, output projection, residual, feed-forward.
 
 For every point and channel: out = q + out_weight · Σ_v softmax_v(logits_v) · (value_v + pos_v) + out_bias, with
 logits_v = logit_weight · relu(key_weight · x_v + near_weight · r_v − query_weight · LN(q) + hidden_bias), where x_v is what view v sees,
@@ -16,6 +16,7 @@ from torch import Tensor
 from shiftaddvit.errors import UserError
 
 from ..backends import Backend, choose_backend, same_device
+from ..feed_forward import Feed
 from . import reference
 
 UNITS = 16
@@ -39,9 +40,12 @@ def view_attention(
     pos_value: Float[Tensor, "C 16"],
     out_weight: Float[Tensor, "C C"],
     out_bias: Float[Tensor, "C"],
+    feed: Feed | None = None,
+    feed_eps: float = 1e-6,
     backend: Backend = "auto",
 ) -> Float[Tensor, "N C"]:
-    """The residual stream after the attention. `geometry` has the mask in channel 4 (`view_lookup`)."""
+    """The residual stream after the attention, and after the block's feed-forward if it is given. `geometry` has the mask in channel 4
+    (`view_lookup`)."""
     width = q.shape[-1]
     if width not in (16, 32, 64, 128):
         raise UserError(f"view_attention takes 16, 32, 64 or 128 channels, got {width}")
@@ -65,7 +69,7 @@ def view_attention(
     same_device(q=q, x=x, geometry=geometry, hidden_bias=hidden_bias, **weights)
     return torch.ops.shiftaddvit.view_attention(
         q.contiguous(), x.contiguous(), geometry.contiguous(), *norm, eps, query_weight, key_weight, near_weight, hidden_bias, pos_weight,
-        pos_bias, logit_weight, value_weight, pos_value, out_weight, out_bias, backend,
+        pos_bias, logit_weight, value_weight, pos_value, out_weight, out_bias, list(feed.check(q)) if feed is not None else [], feed_eps, backend,
     )  # fmt: skip
 
 
@@ -74,15 +78,15 @@ def view_attention(
     mutates_args=(),
     schema="(Tensor q, Tensor x, Tensor geometry, Tensor norm_weight, Tensor norm_bias, float eps, Tensor query_weight, Tensor key_weight, "
     "Tensor near_weight, Tensor hidden_bias, Tensor pos_weight, Tensor pos_bias, Tensor logit_weight, Tensor value_weight, "
-    "Tensor pos_value, Tensor out_weight, Tensor out_bias, str backend) -> Tensor",
+    "Tensor pos_value, Tensor out_weight, Tensor out_bias, Tensor?[] feed, float feed_eps, str backend) -> Tensor",
 )
 def _view_attention(
     q, x, geometry, norm_weight, norm_bias, eps, query_weight, key_weight, near_weight, hidden_bias, pos_weight, pos_bias, logit_weight,
-    value_weight, pos_value, out_weight, out_bias, backend,
+    value_weight, pos_value, out_weight, out_bias, feed, feed_eps, backend,
 ):  # fmt: skip
     arguments = (
         q, x, geometry, norm_weight, norm_bias, eps, query_weight, key_weight, near_weight, hidden_bias, pos_weight, pos_bias,
-        logit_weight, value_weight, pos_value, out_weight, out_bias,
+        logit_weight, value_weight, pos_value, out_weight, out_bias, feed, feed_eps,
     )  # fmt: skip
     if choose_backend(backend, q) == "triton":
         from . import triton as kernels

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..feed_forward.kernels import with_feed_forward
 from ..tiles import load_columns, normalised_rows
 from ..tiling import Tile, key, tuned
 
@@ -12,8 +13,9 @@ from ..tiling import Tile, key, tuned
 @triton.jit
 def view_attention_kernel(
     q, x, geometry, gamma, beta, query_weight, key_weight, near_weight, hidden_bias, pos_weight, pos_bias, logit_weight, value_weight,
-    pos_value, out_weight, out_bias, out, N, V, eps,
-    C: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    pos_value, out_weight, out_bias, ff_gamma, ff_beta, w1, b1, w2, b2, router1, router2, out, N, V, eps, ff_eps,
+    C: tl.constexpr, U: tl.constexpr, HIDDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = x.dtype.element_ty
     n = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -57,24 +59,30 @@ def view_attention_kernel(
         largest = tl.maximum(largest, logits)
     y = tl.dot((mixed / total).to(T), load_columns(out_weight, cs, 0, C, C, C, T), input_precision=PRECISION)
     y = y + tl.load(out_bias + cs).to(tl.float32)[None, :] + tl.load(q + rows, mask=inside, other=0.0).to(tl.float32)
+    if FIRST:
+        y = with_feed_forward(
+            y, inside, ff_gamma, ff_beta, ff_eps, w1, b1, w2, b2, router1, router2, C, HIDDEN, FIRST, SECOND, PRECISION, BM, BH, 1, T
+        )
     tl.store(out + rows, y.to(T), mask=inside)
 
 
 def view_attention(
     q: Tensor, x: Tensor, geometry: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, query_weight: Tensor, key_weight: Tensor,
     near_weight: Tensor, hidden_bias: Tensor, pos_weight: Tensor, pos_bias: Tensor, logit_weight: Tensor, value_weight: Tensor,
-    pos_value: Tensor, out_weight: Tensor, out_bias: Tensor,
+    pos_value: Tensor, out_weight: Tensor, out_bias: Tensor, feed: list[Tensor | None], feed_eps: float,
 ) -> Tensor:  # fmt: skip
     """Shapes as in the op; all contiguous."""
     (views, points, c), out = x.shape, torch.empty_like(q)
     if points:
+        weights = feed or [None] * 8
+        first, second, hidden = (feed[2].shape[0], feed[4].shape[0], feed[2].shape[1]) if feed else (0, 0, 0)
         half = q.dtype != torch.float32
-        tile = tuned(q.device, key("view_attention", views, c)) if half else None
-        tile = tile or Tile(64 if half and c <= 64 else 32, c, 16, 4, 2)
+        tile = tuned(q.device, key(f"view_attention{first}{second}", views, c)) if half else None
+        tile = tile or Tile(64 if half and c <= 64 else 32, c, 64, 4, 2)
         view_attention_kernel[(triton.cdiv(points, tile.m),)](
             q, x, geometry, norm_weight, norm_bias, query_weight, key_weight, near_weight, hidden_bias, pos_weight, pos_bias,
-            logit_weight, value_weight, pos_value, out_weight, out_bias, out, points, views, eps,
-            C=c, U=query_weight.shape[0], PRECISION="tf32" if half else "tf32x3", BM=tile.m, STAGES=tile.stages,
-            num_warps=tile.warps,
+            logit_weight, value_weight, pos_value, out_weight, out_bias, *weights, out, points, views, eps, feed_eps,
+            C=c, U=query_weight.shape[0], HIDDEN=hidden, FIRST=first, SECOND=second, BH=tile.k, PRECISION="tf32" if half else "tf32x3",
+            BM=tile.m, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return out
