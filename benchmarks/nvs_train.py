@@ -22,6 +22,7 @@ Another 27 minutes do the same for cup:400 and carton:480. The order of --rows i
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -202,7 +203,7 @@ def work(given: argparse.Namespace) -> int:
         for item in [item for item in running if item.process.poll() is not None]:
             running.remove(item)
             slots.append(item.slot)
-            if item.process.returncode != 0:
+            if item.process.returncode not in (0, -signal.SIGTERM):
                 failed.add((item.scene, item.row))
             report(item, given)
         at_work = {(item.scene, item.row) for item in running}
@@ -214,6 +215,10 @@ def work(given: argparse.Namespace) -> int:
             running.append(start(*startable.pop(0), slots.pop(0), gpus, end, given))
         if not running:
             return len(left) + len(failed)
+        if time.monotonic() > end:
+            # Its training is saved; what it was evaluating is evaluated again in the next call.
+            for item in running:
+                item.process.terminate()
         time.sleep(0.5)
 
 
@@ -234,7 +239,9 @@ def report(item: Work, given: argparse.Namespace) -> None:
     name = split(item.scene)[0].name
     lines = (given.state / name / f"{item.row}.log").read_text().splitlines()
     ending = lines[-1] if lines else ""
-    if item.process.returncode != 0:
+    if item.process.returncode == -signal.SIGTERM:
+        print(f"{name} {item.row}: the call's minutes are over", flush=True)
+    elif item.process.returncode != 0:
         print(f"FAILED {name} {item.row}:\n" + "\n".join(lines[-12:]), flush=True)
     else:
         print(f"{name} {item.row}: {ending}", flush=True)

@@ -154,6 +154,16 @@ def test_the_renderer_says_which_engine_it_chose(scene):
         deploy_gnt(GNT(replace(TINY, width=24)))
 
 
+def test_autocast_around_the_engine_changes_nothing(scene):
+    model = lively("gnt-add")
+    engine = deploy_gnt(model, torch.float32)
+    asked = question(model, scene)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = engine(*asked)
+    outside = engine(*asked)
+    assert torch.equal(inside.rgb, outside.rgb) and torch.equal(inside.depth, outside.depth)
+
+
 def test_the_engine_renders_the_same_picture_in_any_chunk(scene):
     model = lively("gnt-add-shift")
     plain = make_renderer(model, scene, "cpu", engine="plain").render(scene.camera(0))

@@ -155,7 +155,9 @@ def render(
     scene: SceneFolder,
     model: Annotated[Path, typer.Argument(help="model.safetensors of a run, or a published GNT .pth.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures, depth and video.")],
-    path: Annotated[str, typer.Option(help="held-out, spiral, interpolated, or a JSON file of poses.")] = "spiral",
+    path: Annotated[
+        str, typer.Option(help="held-out, spiral, interpolated, or a JSON file of poses; auto: spiral if the scene faces one way, else interpolated.")
+    ] = "auto",
     frames: Annotated[int, typer.Option(help="Pictures of a spiral or interpolated path.")] = 60,
     rate: Annotated[int, typer.Option(help="Pictures a second in the video.")] = 30,
     width: Width = None,
@@ -256,11 +258,13 @@ def bench(
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the strip and the models.")] = Path("nvs-quickstart"),
     recipe: Annotated[str, typer.Option(help="Which row of the 3D table to convert to.")] = "gnt-add-shift-moe",
+    train_minutes: Annotated[float, typer.Option(help="Training of the small GNT.")] = 1.4,
+    tune_minutes: Annotated[float, typer.Option(help="Fine-tuning after conversion.")] = 0.4,
     device: Device = "cpu",
 ) -> None:
     """The whole path on the embedded scene in under four minutes on two cores: floor, small GNT, conversion, picture strip."""
     from shiftaddvit.nvs.choose import choose_device
     from shiftaddvit.nvs.quickstart import quickstart as run
 
-    result = run(output, recipe, device=choose_device(device), say=typer.echo)
+    result = run(output, recipe, train_minutes, tune_minutes, choose_device(device), typer.echo)
     typer.echo(f"{result.seconds:.0f} s in all; truth, {', '.join(result.scores)} (depth below): {result.strip}")

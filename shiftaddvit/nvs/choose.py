@@ -20,7 +20,7 @@ from .rows import ROWS
 from .scene import Camera, Scene
 from .state import load_model
 
-PATHS = ("held-out", "spiral", "interpolated")
+PATHS = ("auto", "held-out", "spiral", "interpolated")
 
 
 def choose_device(name: str) -> torch.device:
@@ -92,7 +92,9 @@ def _started(path: Path, asked: dict[str, int]) -> GNT | NeRF:
 
 
 def choose_path(path: str, scene: Scene, frames: int) -> list[Camera]:
-    """A camera path by name, or the user's own from a JSON file."""
+    """A camera path by name, or the user's own from a JSON file. `auto` is a spiral where the scene faces one way, else past the captured views."""
+    if path == "auto":
+        path = "spiral" if inspect_scene(scene).forward_facing else "interpolated"
     if path == "held-out":
         return held_out(scene)
     if path == "spiral":

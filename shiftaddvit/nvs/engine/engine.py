@@ -1,5 +1,6 @@
 """A deployed GNT: it answers `(rays, sources)` like the model, from prepared weights, and on a GPU by replaying a CUDA graph."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ RAYS = 2048
 """Rays of a chunk: enough to fill a large GPU many times over, small enough that the picture's last chunk wastes little."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Captured:
     """One shape of question recorded as a CUDA graph."""
 
@@ -32,6 +33,8 @@ class Captured:
     """Where it writes."""
     depth: Tensor
     """Likewise."""
+    views: tuple[Tensor, ...] = ()
+    """What was last copied into the part of `target` that is about the views."""
 
 
 class RayEngine(nn.Module):
@@ -57,6 +60,11 @@ class RayEngine(nn.Module):
     @torch.no_grad()
     def forward(self, rays: Rays, sources: Sources) -> RayColors:
         """Colours and depths. The same number of rays each time replays one graph."""
+        device = rays.origin.device
+        with torch.autocast(device.type, enabled=False), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._answer(rays, sources)
+
+    def _answer(self, rays: Rays, sources: Sources) -> RayColors:
         if sources is not self._sources:
             self._sources, self._views = sources, self.prepare(sources)
         depths = sample_depths(1, self.samples, rays.near, rays.far, False, rays.origin.device)[0].contiguous()
@@ -67,8 +75,11 @@ class RayEngine(nn.Module):
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self._capture(target)
-        for place, part in zip(captured.target, target, strict=True):
+        # The views are large and the same for every chunk of a picture.
+        changed = len(target) if captured.views is not self._views else 3
+        for place, part in zip(captured.target[:changed], target[:changed], strict=True):
             place.copy_(part)
+        captured.views = self._views
         captured.graph.replay()
         return RayColors(captured.rgb.clone(), captured.depth.clone())
 
