@@ -126,6 +126,16 @@ def test_a_kill_leaves_a_run_that_resumes(scene, tmp_path):
     load_model(folder / "model.safetensors")
 
 
+def test_a_run_told_when_to_stop_saves_and_goes_on(scene, tmp_path):
+    whole, parts = tiny(), tiny()
+    train(whole, [scene], tmp_path / "whole", SHORT, show=False)
+    stopped = train(parts, [scene], tmp_path / "parts", SHORT, show=False, until=time.monotonic() - 1)
+    assert not stopped.finished and stopped.steps == 0 and not (tmp_path / "parts" / "result.json").exists()
+    result = train(tiny(seed=5), [scene], tmp_path / "parts", SHORT, resume=True, show=False)
+    assert result.finished and result.steps == SHORT.steps
+    assert torch.equal(load_model(tmp_path / "parts" / "model.safetensors").net_coarse.rgb_fc.weight, whole.net_coarse.rgb_fc.weight)
+
+
 def test_nan_stops_and_keeps_the_last_good_model(scene, tmp_path):
     config = replace(SHORT, steps=12, check_every=1, checkpoint_minutes=1e-9)
     model = tiny()
