@@ -214,7 +214,7 @@ def tune_tiles(model: nn.Module, scene: Scene, plan: Plan, show: Callable[[str],
             if problem not in best or taken < best[problem][1]:
                 best[problem] = (tile, taken)
         show(f"{problem}: {best[problem][0]} {best[problem][1]:.0f} µs")
-    save_tuned(device, [(problem, tile) for problem, (tile, _) in best.items()])
+    save_tuned(device, {problem: tile for problem, (tile, _) in best.items()})
     return {problem: asdict(tile) | {"us": taken} for problem, (tile, taken) in best.items()}
 
 

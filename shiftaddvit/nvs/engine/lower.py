@@ -11,7 +11,7 @@ from shiftaddvit.engine.weights import (
     Preparation,
     Projection,
     joined,
-    layer_norm,
+    norm_of,
     projection,
 )
 from shiftaddvit.errors import UserError
@@ -76,7 +76,7 @@ def lower_gnt(model: GNT, dtype: torch.dtype, device: torch.device | str | None 
         for number in range(len(net.view_crosstrans))
     ]
     channels = max(16, 1 << (model.config.feature_channels - 1).bit_length())
-    color = Color(layer_norm(net.norm, f"{name}.norm", prep), prep.vector(net.rgb_fc.weight), prep.vector(net.rgb_fc.bias))
+    color = Color(norm_of(net.norm, f"{name}.norm", prep), prep.vector(net.rgb_fc.weight), prep.vector(net.rgb_fc.bias))
     last = len(net.view_selftrans) - 1
     weights = _weights(net.view_selftrans[last], f"{name}.view_selftrans.{last}", prep)
     return RayProgram(_look_up(net, channels, prep), tuple(blocks), weights, color, dtype, channels, tuple(prep.notes))
@@ -96,13 +96,13 @@ def _look_up(net: GNTTransformer, channels: int, prep: Preparation) -> LookUp:
 
 
 def _views(block: ViewBlock, name: str, prep: Preparation) -> FoldedViews | ModuleViews:
-    norm = layer_norm(block.attn_norm, f"{name}.attn_norm", prep)
+    norm = norm_of(block.attn_norm, f"{name}.attn_norm", prep)
     weights = fold(block.attn, f"{name}.attn", prep)
     return FoldedViews(f"{name}.attn", norm, weights) if weights is not None else ModuleViews(f"{name}.attn", norm, _copy(block.attn, prep))
 
 
 def _feed(block: ViewBlock | RayBlock, name: str, prep: Preparation) -> FusedFeedForward | ModuleFeedForward:
-    norm = layer_norm(block.ff_norm, f"{name}.ff_norm", prep)
+    norm = norm_of(block.ff_norm, f"{name}.ff_norm", prep)
     if not isinstance(block.ff, MoEMlp):
         fc1, fc2 = (projection(getattr(block.ff, part), f"{name}.ff.{part}", prep) for part in ("fc1", "fc2"))
         if fc1.fusable and fc2.fusable and fc1.weight.shape[1] % 64 == 0:
@@ -121,7 +121,7 @@ def _query(layers: nn.Sequential, name: str, prep: Preparation) -> Query:
 
 
 def _ray(block: RayBlock, name: str, samples: int, prep: Preparation) -> FusedRay | SteppedRay:
-    norm, attention, feed = layer_norm(block.attn_norm, f"{name}.attn_norm", prep), block.attn, _feed(block, name, prep)
+    norm, attention, feed = norm_of(block.attn_norm, f"{name}.attn_norm", prep), block.attn, _feed(block, name, prep)
     if isinstance(attention, RayAngularAttention):
         step = lower_angular(attention, norm, f"{name}.attn", samples, prep)
         width = norm.weight.shape[0]
@@ -149,7 +149,7 @@ def _first(bias: Tensor | None) -> Tensor | None:
 
 
 def _weights(block: RayBlock, name: str, prep: Preparation) -> FusedWeights | ModuleWeights:
-    norm, attention = layer_norm(block.attn_norm, f"{name}.attn_norm", prep), block.attn
+    norm, attention = norm_of(block.attn_norm, f"{name}.attn_norm", prep), block.attn
     heads, width = attention.heads, block.attn_norm.normalized_shape[0]
     per_head = width // heads
     if not per_head & (per_head - 1):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiling import Tile, key, tuned
+from ..tiling import Tile, key, pick
 from .kernels import with_feed_forward
 
 
@@ -37,8 +37,9 @@ def feed_forward(
     if m:
         half = x.dtype != torch.float32
         experts = f"{weight1.shape[0]}{weight2.shape[0]}"
-        tile = tuned(x.device, key(f"feed_forward{experts}", c, weight1.shape[1])) if half else None
-        tile = tile or (Tile(128, c, 64, 8, 2) if half and c <= 64 else Tile(32, c, 64, 4, 2 if half else 1))
+        tile = Tile(128, c, 64, 8, 2) if half and c <= 64 else Tile(32, c, 64, 4, 2 if half else 1)
+        if half:
+            tile = pick(x.device, key(f"feed_forward{experts}", c, weight1.shape[1]), tile, m=(32, 128), k=(32, 128), warps=(4, 8), stages=(1, 3))
         feed_forward_kernel[(triton.cdiv(m, tile.m),)](
             x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, router1, router2, out, m, eps,
             C=c, HIDDEN=weight1.shape[1], FIRST=weight1.shape[0], SECOND=weight2.shape[0],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..feed_forward.kernels import with_feed_forward
 from ..tiles import load_columns, normalised_rows
-from ..tiling import Tile, key, processors, tuned
+from ..tiling import Tile, key, pick, processors
 
 
 @triton.jit
@@ -139,8 +139,10 @@ def ray_transformer_kernel(
 
 def ray_tile(c: int, form: str, experts: str, half: bool, device: torch.device) -> Tile:
     """Points of a tile (m), hidden units at a time (k), and programs a multiprocessor (n)."""
-    found = tuned(device, key(f"ray_transformer{experts}", form, c)) if half else None
-    return found or (Tile(64, 2, 64, 4, 1) if half and c <= 64 else Tile(32, 2, 32, 4, 1))
+    usual = Tile(64, 2, 64, 4, 1) if half and c <= 64 else Tile(32, 2, 32, 4, 1)
+    if not half:
+        return usual
+    return pick(device, key(f"ray_transformer{experts}", form, c), usual, m=(32, 64), n=(1, 8), k=(32, 64), warps=(4, 8))
 
 
 def ray_transformer(

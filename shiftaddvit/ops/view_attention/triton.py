@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..feed_forward.kernels import with_feed_forward
 from ..tiles import load_columns, normalised_rows
-from ..tiling import Tile, key, tuned
+from ..tiling import Tile, key, pick
 
 
 @triton.jit
@@ -77,8 +77,9 @@ def view_attention(
         weights = feed or [None] * 8
         first, second, hidden = (feed[2].shape[0], feed[4].shape[0], feed[2].shape[1]) if feed else (0, 0, 0)
         half = q.dtype != torch.float32
-        tile = tuned(q.device, key(f"view_attention{first}{second}", views, c)) if half else None
-        tile = tile or Tile(64 if half and c <= 64 else 32, c, 64, 4, 2)
+        tile = Tile(64 if half and c <= 64 else 32, c, 64, 4, 2)
+        if half:
+            tile = pick(q.device, key(f"view_attention{first}{second}", views, c), tile, m=(32, 128), warps=(4, 8), stages=(1, 3))
         view_attention_kernel[(triton.cdiv(points, tile.m),)](
             q, x, geometry, norm_weight, norm_bias, query_weight, key_weight, near_weight, hidden_bias, pos_weight, pos_bias,
             logit_weight, value_weight, pos_value, out_weight, out_bias, *weights, out, points, views, eps, feed_eps,

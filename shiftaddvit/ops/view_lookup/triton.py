@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import load_columns
-from ..tiling import Tile, key, tuned
+from ..tiling import Tile, key, pick
 
 
 @triton.jit
@@ -99,7 +99,9 @@ def view_lookup(
     largest = torch.empty(points, c, dtype=images.dtype, device=images.device)
     if points and views:
         half = images.dtype != torch.float32
-        tile = (tuned(images.device, key("view_lookup", c, channels)) if half else None) or Tile(64 if half else 32, c, channels)
+        tile = Tile(64 if half else 32, c, channels)
+        if half:
+            tile = pick(images.device, key("view_lookup", c, channels), tile, m=(32, 128), warps=(4, 8))
         view_lookup_kernel[(triton.cdiv(points, tile.m),)](
             origin, direction, depths, project, centre, images, features, color_weight, feature_weight, bias, out_weight, out_bias,
             out, geometry, largest, points, samples, views, height, width, fh, fw,
