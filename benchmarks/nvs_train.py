@@ -48,11 +48,11 @@ from shiftaddvit.nvs.output import score_table
 from shiftaddvit.nvs.pictures import write_png
 from shiftaddvit.nvs.render import make_renderer
 from shiftaddvit.nvs.rows import ROWS
-from shiftaddvit.schema import stamped
 from shiftaddvit.nvs.scene import Scene
 from shiftaddvit.nvs.train import NvsTrainConfig, TrainResult, train
 from shiftaddvit.nvs.video import depth_picture, error_picture
 from shiftaddvit.reparam import reparameterize
+from shiftaddvit.schema import stamped
 
 FLOORS = ("nearest", "sweep")
 ALL = (*FLOORS, "gnt", "gnt-longer", *ROWS, "nerf")
@@ -86,7 +86,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tune-lr", type=float, default=2e-4)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--compile", action="store_true", help="not for rows with mixtures")
-    parser.add_argument("--engine", default="plain", help="that renders the held-out views; their seconds are measured by shiftaddvit.nvs.engine.bench")
+    parser.add_argument(
+        "--engine", default="plain", help="that renders the held-out views; their seconds are measured by shiftaddvit.nvs.engine.bench"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", nargs=2, metavar=("SCENE", "ROW"), help=argparse.SUPPRESS)

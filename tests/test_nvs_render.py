@@ -4,8 +4,8 @@ import json
 import math
 from dataclasses import replace
 
-import nvs_synthetic
 import numpy as np
+import nvs_synthetic
 import pytest
 import torch
 from PIL import Image

@@ -22,9 +22,7 @@ def feed_forward_kernel(
     rows = m[:, None].to(tl.int64) * C + cs[None, :]
     inside = (m < M)[:, None] & (cs < C)[None, :]
     y = tl.load(x + rows, mask=inside, other=0.0).to(tl.float32)
-    y = with_feed_forward(
-        y, inside, gamma, beta, eps, w1, b1, w2, b2, router1, router2, C, HIDDEN, FIRST, SECOND, PRECISION, BM, BH, STAGES, T
-    )
+    y = with_feed_forward(y, inside, gamma, beta, eps, w1, b1, w2, b2, router1, router2, C, HIDDEN, FIRST, SECOND, PRECISION, BM, BH, STAGES, T)
     tl.store(out + rows, y.to(T), mask=inside)
 
 

@@ -68,9 +68,7 @@ def ray_transformer(
     schema="(Tensor x, int heads, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv, Tensor proj, Tensor? proj_bias, "
     "Tensor?[] feed, float feed_eps, str form, float low, bool own, bool context_mean, bool unit, Tensor? conv, str backend) -> Tensor",
 )
-def _ray_transformer(
-    x, heads, norm_weight, norm_bias, eps, qkv, proj, proj_bias, feed, feed_eps, form, low, own, context_mean, unit, conv, backend
-):
+def _ray_transformer(x, heads, norm_weight, norm_bias, eps, qkv, proj, proj_bias, feed, feed_eps, form, low, own, context_mean, unit, conv, backend):
     arguments = (x, heads, norm_weight, norm_bias, eps, qkv, proj, proj_bias, feed, feed_eps, form, low, own, context_mean, unit, conv)
     if choose_backend(backend, x) == "triton":
         from . import triton as kernels

@@ -37,7 +37,20 @@ def _codes(x, FORM: tl.constexpr, LOW: tl.constexpr, HEADS: tl.constexpr, D: tl.
 
 
 @triton.jit
-def _softmax_mixed(a, kept, w, proj, S, HEADS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, T: tl.constexpr):
+def _softmax_mixed(
+    a,
+    kept,
+    w,
+    proj,
+    S,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    T: tl.constexpr,
+):
     """Softmax attention of BM points over the whole ray, projected; `kept` has k, then v, of every point."""
     cs, i = tl.arange(0, C), tl.arange(0, D)
     acc = tl.zeros((BM, C), tl.float32)
