@@ -1,5 +1,6 @@
 """The deployed GNT renders what the model renders: every row, either backend, whatever the chunk, whatever the views' order."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import nvs_synthetic
@@ -11,7 +12,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import AngularConfig
 from shiftaddvit.layers.moe import MoEConfig
 from shiftaddvit.layers.shift import ShiftConfig
-from shiftaddvit.nvs.engine import deploy_gnt
+from shiftaddvit.nvs.engine import bench, deploy_gnt
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
 from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
 from shiftaddvit.nvs.projector import look_up, sample_depths
@@ -152,6 +153,28 @@ def test_the_renderer_says_which_engine_it_chose(scene):
         make_renderer(nerf, scene, "cpu", engine="fussed")
     with pytest.raises(UserError, match="width 16, 32, 64, 128, not 24"):
         deploy_gnt(GNT(replace(TINY, width=24)))
+
+
+def test_the_benchmark_checks_times_and_compares(monkeypatch):
+    """Everything but the clock of a GPU."""
+    contenders = [("gnt", "plain", "bf16", None), ("gnt", "fused", "bf16", 64), ("gnt-add-shift", "fused", "bf16", 64)]
+    for name, value in (
+        ("DEVICE", "cpu"), ("RAYS", 32), ("trial", lambda *_: nullcontext()), ("save_tuned", lambda *_: None), ("ceilings", lambda _: {}),
+        ("_contenders", lambda _: iter(contenders)), ("_wait", lambda: None), ("_alone", lambda call, **_: (call(), 1.0)[1]),
+        ("training_step", lambda *_: 1.0), ("GNTConfig", lambda **more: replace(TINY, sources=10, samples=4)),
+    ):  # fmt: skip
+        monkeypatch.setattr(bench, name, value)
+    kept = []
+    result = bench.bench_rendering(bench.Plan(width=40, height=36, repeats=1), lambda line: None, kept.append)
+    assert [row.get("status") for row in result["rows"]] == [None] * 3, result["rows"]
+    assert set(result["rows"][1]["steps"]) == {
+        "look_up", "first.views", "first.query", "first.ray", "last.views", "last.ray", "weights", "color",
+    }  # fmt: skip
+    assert result["tiles"].keys() == {
+        "view_attention11/10/64", "ray_transformer11/softmax/64", "ray_transformer11/token/64", "view_attention22/10/64",
+        "ray_transformer22/token/64", "view_lookup/64/32",
+    }  # fmt: skip
+    assert result["ratios"]["gnt-add-shift"].keys() == {"plain half", "fused gnt"} and len(kept) >= 4
 
 
 def test_autocast_around_the_engine_changes_nothing(scene):

@@ -23,17 +23,19 @@ from shiftaddvit.ops.tiling import Tile, key, save_tuned, trial
 from shiftaddvit.ops.timing import ceilings
 from shiftaddvit.reparam import reparameterize
 
+from ..batch import TrainingScene, draw_batch
 from ..cameras import look_at
 from ..gnt import GNT, GNTConfig
 from ..render import Renderer, make_renderer
 from ..rows import ROWS
 from ..scene import Scene, every_eighth, normalise
 from ..sources import Rays, camera_rays, encode_bank, make_bank
-from ..step import precision_context
+from ..step import add_gradients, precision_context
 from . import deploy_gnt
 from .engine import RAYS, RayEngine
 from .steps import Target
 
+DEVICE = "cuda"
 LEAST_TOLERANCE = 2e-2
 """Error (2-norm, relative) that any contender may have."""
 
@@ -66,12 +68,12 @@ class Plan:
 
 def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Callable[[dict], None] = lambda result: None) -> dict:
     """Measure and return a JSON-able dict; `keep` gets the result so far after every row. UserError without a CUDA device."""
-    if not torch.cuda.is_available():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
         raise UserError("measuring the engine needs a CUDA device")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     end = time.monotonic() + 60 * plan.minutes
     scene, rows = _scene(plan), []
-    result: dict = {"conditions": conditions("cuda", **asdict(plan)), "ceilings": ceilings(torch.device("cuda")), "rows": rows}
+    result: dict = {"conditions": conditions(DEVICE, **asdict(plan)), "ceilings": ceilings(torch.device(DEVICE)), "rows": rows}
     if plan.tune:
         result["tiles"] = {}
         for row in ("gnt", "gnt-add-shift", "gnt-add-shift-moe"):
@@ -86,6 +88,11 @@ def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Calla
             torch.cuda.empty_cache()
         show(" ".join(f"{name} {value}" for name, value in rows[-1].items() if name != "steps"))
         keep(result)
+    result["training_step_ms"] = {}
+    for name, compile, needs in (("eager", False, 20.0), ("compiled", True, 150.0)):
+        if time.monotonic() < end - needs:
+            result["training_step_ms"][name] = training_step(scene, plan, compile)
+            show(f"training step, {name}: {result['training_step_ms'][name]:.1f} ms")
     result["ratios"] = ratios(rows)
     show(str(result["ratios"]))
     keep(result)
@@ -126,7 +133,7 @@ def _contenders(plan: Plan) -> Iterator[tuple[str, str, str, int | None]]:
 
 
 def _measure(model: nn.Module, scene: Scene, plan: Plan, engine: str, precision: str, chunk: int | None) -> dict:
-    renderer = make_renderer(deepcopy(model), scene, "cuda", precision, chunk, engine)
+    renderer = make_renderer(deepcopy(model), scene, DEVICE, precision, chunk, engine)
     camera = scene.camera(0)
     error, usual = _error(renderer, model, plan.precision)
     found = {"error": error, "autocast_error": usual}
@@ -146,12 +153,12 @@ def _measure(model: nn.Module, scene: Scene, plan: Plan, engine: str, precision:
 def _error(renderer: Renderer, model: nn.Module, precision: str) -> tuple[float, float]:
     """Relative errors (2-norm) of the colours of some rays against the float32 model without tf32: the renderer's, and autocast's."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    exact, cast = deepcopy(model).cuda(), precision_context("cuda", precision)
+    exact, cast = deepcopy(model).to(DEVICE), precision_context(DEVICE, precision)
     sources = renderer.bank.select(renderer.bank.order(renderer.scene.camera(0).pose)[: model.sources])
-    every = camera_rays(renderer.scene.camera(0), *renderer.scene.depth_range, "cuda")
-    chosen = torch.linspace(0, len(every.pixel) - 1, RAYS, device="cuda").long()
+    every = camera_rays(renderer.scene.camera(0), *renderer.scene.depth_range, DEVICE)
+    chosen = torch.linspace(0, len(every.pixel) - 1, RAYS, device=DEVICE).long()
     rays = Rays(*(part[chosen] for part in every[:3]), every.near, every.far)
-    with precision_context("cuda", renderer.precision):
+    with precision_context(DEVICE, renderer.precision):
         found = renderer.model(rays, sources).rgb
     with cast:
         usual = exact(rays, sources).rgb
@@ -162,13 +169,13 @@ def _error(renderer: Renderer, model: nn.Module, precision: str) -> tuple[float,
 
 
 @torch.no_grad()
-def step_times(engine: RayEngine, scene: Scene, rays: int = RAYS) -> dict[str, float]:
+def step_times(engine: RayEngine, scene: Scene) -> dict[str, float]:
     """Microseconds of every step on one chunk, each alone, in the order of the program."""
     program, launch = engine.program, engine.launch
-    target = _target(engine, scene, rays)
+    target = _target(engine, scene, RAYS)
     found = {"look_up": _alone(lambda: program.look_up.run(target, launch))}
     x, geometry, q = program.look_up.run(target, launch)
-    rows = q.view(rays, -1, q.shape[-1])
+    rows = q.view(RAYS, -1, q.shape[-1])
     for number, block in enumerate(program.blocks[:1] + program.blocks[-1:]):
         name = ("first", "last")[number]
         found[f"{name}.views"] = _alone(lambda block=block: block.views.run(q, x, geometry, launch))
@@ -180,42 +187,71 @@ def step_times(engine: RayEngine, scene: Scene, rays: int = RAYS) -> dict[str, f
     return found
 
 
+def training_step(scene: Scene, plan: Plan, compile: bool, rays: int = 2048, samples: int = 64, steps: int = 20) -> float:
+    """Milliseconds of a step of GNT as it is trained: 2048 rays, 64 points, the feature net on every source, Adam. Median."""
+    torch.manual_seed(plan.seed)
+    model = GNT(GNTConfig(samples=samples, dropout=0.0)).to(DEVICE).train()
+    if compile:
+        for part in (model.net_coarse, model.feature_net):
+            part.compile()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    scenes, taken = [TrainingScene.of(scene, DEVICE)], []
+    for step in range(steps + 5):
+        begin = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        add_gradients(model, draw_batch(scenes, step, plan.seed, rays, model.sources, 0), step, plan.precision, None, rays)
+        optimizer.step()
+        _wait()
+        taken.append(time.perf_counter() - begin)
+    return median(taken[5:]) * 1e3
+
+
 def tune_tiles(model: nn.Module, scene: Scene, plan: Plan, show: Callable[[str], None]) -> dict[str, dict]:
     """Try the tiles of the three widest kernels on one chunk and keep the fastest of each in the user's cache."""
-    engine = deploy_gnt(model.cuda(), torch.bfloat16 if plan.precision == "bf16" else torch.float16)
-    target, device = _target(engine, scene, RAYS), torch.device("cuda")
+    engine = deploy_gnt(model.to(DEVICE), torch.bfloat16 if plan.precision == "bf16" else torch.float16)
+    target, device = _target(engine, scene, RAYS), torch.device(DEVICE)
     program, launch = engine.program, engine.launch
     x, geometry, q = program.look_up.run(target, launch)
     block, c, rows = program.blocks[0], q.shape[-1], q.view(RAYS, -1, q.shape[-1])
     feed = block.ray.feed.feed
     experts = f"{feed.weight1.shape[0]}{feed.weight2.shape[0]}"
+    # Few, because every one is compiled first, in seconds that are lent.
     trials = {
         key(f"view_attention{experts}", len(x), c): (
             lambda: block.views.run(q, x, geometry, launch),
-            [Tile(m, c, 64, warps, stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2, 3)],
+            [Tile(m, c, 64, warps, stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2)],
         ),
         key(f"ray_transformer{experts}", block.ray.form, c): (
             lambda: block.ray.run(rows, launch),
-            [Tile(m, n, k, warps, 1) for m, warps in ((32, 4), (64, 4), (64, 8)) for k in (32, 64) for n in (2, 4)],
+            [Tile(m, n, 64, warps, 1) for m, warps in ((32, 4), (64, 4), (64, 8)) for n in (2, 4)],
         ),
         key("view_lookup", c, program.feature_channels): (
-            lambda: program.look_up.run(target, launch), [Tile(m, c, program.feature_channels, w) for m, w in ((32, 4), (64, 4), (64, 8), (128, 8))],
+            lambda: program.look_up.run(target, launch),
+            [Tile(m, c, program.feature_channels, warps) for m, warps in ((32, 4), (64, 4), (128, 8))],
         ),
-    }  # fmt: skip
+    }
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
     best: dict[str, tuple[Tile, float]] = {}
     for problem, (call, tiles) in trials.items():
         for tile in tiles:
             with trial(device, problem, tile):
                 try:
                     taken = _alone(call)
-                except RuntimeError as error:  # too much shared memory for this device, or a tile the compiler refuses
+                except (OutOfResources, CompilationError) as error:
                     show(f"{problem} {tile}: {str(error).splitlines()[0]}")
                     continue
             if problem not in best or taken < best[problem][1]:
                 best[problem] = (tile, taken)
-        show(f"{problem}: {best[problem][0]} {best[problem][1]:.0f} µs")
+        if problem in best:
+            show(f"{problem}: {best[problem][0]} {best[problem][1]:.0f} µs")
     save_tuned(device, {problem: tile for problem, (tile, _) in best.items()})
     return {problem: asdict(tile) | {"us": taken} for problem, (tile, taken) in best.items()}
+
+
+def _wait() -> None:
+    torch.cuda.synchronize()
 
 
 def _alone(call: Callable[[], object], repeats: int = 10) -> float:
@@ -227,16 +263,16 @@ def _alone(call: Callable[[], object], repeats: int = 10) -> float:
     for mark in marks[1:]:
         call()
         mark.record()
-    torch.cuda.synchronize()
+    _wait()
     return median(before.elapsed_time(after) * 1e3 for before, after in zip(marks, marks[1:], strict=False))
 
 
 def _target(engine: RayEngine, scene: Scene, rays: int) -> Target:
-    engine.cuda()
-    bank = encode_bank(make_bank(scene, scene.train, "cuda"), engine)
-    every = camera_rays(scene.camera(0), *scene.depth_range, "cuda")
+    engine.to(DEVICE)
+    bank = encode_bank(make_bank(scene, scene.train, DEVICE), engine)
+    every = camera_rays(scene.camera(0), *scene.depth_range, DEVICE)
     near, far = scene.depth_range
-    depths = 1 / torch.linspace(1 / near, 1 / far, engine.samples, device="cuda")
+    depths = 1 / torch.linspace(1 / near, 1 / far, engine.samples, device=DEVICE)
     views = engine.prepare(bank.select(bank.order(scene.camera(0).pose)[: engine.sources]))
     return Target(every.origin[:rays].contiguous(), every.direction[:rays].contiguous(), depths, *views)
 
