@@ -230,6 +230,58 @@ def layer_norm():
             yield f"layer_norm {batch}x{tokens}x{c}{' mean' if mean else ''}", lambda x=x, w=w, mean=mean: kernels.layer_norm(x, w, w, 1e-6, mean)
 
 
+def gnt():
+    """The published width, 192 samples, 10 views, a picture of 504×378."""
+    from shiftaddvit.ops.feed_forward import triton as feed
+    from shiftaddvit.ops.ray_output import triton as output
+    from shiftaddvit.ops.ray_query import triton as query
+    from shiftaddvit.ops.ray_transformer import triton as ray
+    from shiftaddvit.ops.view_attention import triton as attention
+    from shiftaddvit.ops.view_lookup import triton as lookup
+
+    single = torch.float32
+    rays, samples, views, c = 2048, 192, 10, 64
+    points = rays * samples
+    vector = lambda *shape: meta(*shape, dtype=single)  # noqa: E731
+    for half in (torch.bfloat16, torch.float16):
+        m = lambda *shape, t=half: meta(*shape, dtype=t)  # noqa: E731
+        name = str(half).removeprefix("torch.")
+        yield f"view_lookup {name}", lambda m=m: lookup.view_lookup(
+            vector(rays, 3), vector(rays, 3), vector(samples), vector(views, 3, 4), vector(views, 3), m(views, 378, 504, 4),
+            m(views, 95, 126, 32), m(c, 4), m(c, 32), vector(c), m(c, c), vector(c),
+        )  # fmt: skip
+        yield f"view_attention {name}", lambda m=m: attention.view_attention(
+            m(points, c), m(views, points, c), m(views, points, 8), vector(c), vector(c), 1e-6, m(16, c), m(16, c), m(16, 16), vector(16),
+            m(16, 8), vector(16), m(c, 16), m(c, c), m(c, 16), m(c, c), vector(c), [], 1e-6,
+        )  # fmt: skip
+        for first, second in ((1, 1), (2, 2)):
+            yield f"feed_forward x{first}{second} {name}", lambda m=m, e=first, f=second: feed.feed_forward(
+                m(points, c), vector(c), vector(c), m(e, 256, c), vector(e, 256), m(f, c, 256), vector(f, c),
+                vector(2, c) if e == 2 else None, vector(2, 256) if f == 2 else None, 1e-6,
+            )  # fmt: skip
+            fed = lambda m=m, e=first, f=second: [  # noqa: E731
+                vector(c), vector(c), m(e, 256, c), vector(e, 256), m(f, c, 256), vector(f, c), vector(2, c) if e == 2 else None,
+                vector(2, 256) if f == 2 else None,
+            ]  # fmt: skip
+            yield f"view_attention x{first}{second} {name}", lambda m=m, fed=fed: attention.view_attention(
+                m(points, c), m(views, points, c), m(views, points, 8), vector(c), vector(c), 1e-6, m(16, c), m(16, c), m(16, 16), vector(16),
+                m(16, 8), vector(16), m(c, 16), m(c, c), m(c, 16), m(c, c), vector(c), fed(), 1e-6,
+            )  # fmt: skip
+            for form in ("softmax", "token"):
+                yield f"ray_transformer {form} x{first}{second} {name}", lambda m=m, fed=fed, form=form: ray.ray_transformer(
+                    m(rays, samples, c), 4, vector(c), vector(c), 1e-6, m(3 * c, c), m(c, c), vector(c), fed(), 1e-6, form, 0.0, True, True,
+                    True, vector(4, 9) if form == "token" else None,
+                )  # fmt: skip
+        yield f"ray_query {name}", lambda m=m: query.ray_query(
+            m(points, c), vector(rays, 3), vector(rays, 3), vector(samples), m(c, c), m(c, 64), vector(rays, c), m(c, c), vector(c)
+        )
+        yield f"ray_color {name}", lambda m=m: output.ray_color(m(rays, samples, c), vector(c), vector(c), 1e-5, vector(3, c), vector(3))
+        for codes in ("softmax", "token"):
+            yield f"ray_scores {codes} {name}", lambda m=m, s=codes: output.ray_scores(
+                m(rays, samples, c), vector(c), vector(c), 1e-6, m(c, c), m(c, c), 4, s, 0.0
+            )
+
+
 OPS = {
     "matshift": matshift,
     "fused_mlp": fused_mlp,
@@ -240,6 +292,7 @@ OPS = {
     "softmax_attention": softmax_attention,
     "layer_norm": layer_norm,
     "adder": adder,
+    "gnt": gnt,
 }
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
@@ -247,7 +300,8 @@ REPRESENTATIVE = (
     "conv_linear x2 50176x640x160", "encode x2 256x196x320", "mix x2 256x196x160", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",
-    "adder grad 100352x64x512",
+    "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",
+    "ray_transformer token x22 bfloat16", "ray_transformer softmax x11 bfloat16", "ray_scores token bfloat16",
 )  # fmt: skip
 
 

@@ -4,8 +4,8 @@ import json
 import math
 from dataclasses import replace
 
-import nvs_synthetic
 import numpy as np
+import nvs_synthetic
 import pytest
 import torch
 from PIL import Image
@@ -172,6 +172,14 @@ def test_unknown_paths_are_refused(scene):
         choose_path("held-out", replace(scene, test=()), 3)
 
 
+def test_the_path_suits_the_scene_unless_one_is_asked(scene):
+    assert torch.equal(choose_path("auto", scene, 3)[1].pose, spiral(scene, 3)[1].pose)
+    turned = scene.poses.clone()
+    turned[0, :3, :3] = turned[0, :3, :3] @ torch.tensor([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=turned.dtype)
+    around = replace(scene, poses=turned)
+    assert torch.equal(choose_path("auto", around, 3)[1].pose, interpolated(around, 3)[1].pose)
+
+
 # Metrics
 
 
@@ -287,6 +295,9 @@ def test_one_photo_and_mixed_sizes_and_a_full_folder_are_refused(tmp_path):
         prepare(tmp_path / "broken", tmp_path / "out")
     with pytest.raises(UserError, match="is not empty"):
         prepare(tmp_path / "mixed", tmp_path / "one")
+    (tmp_path / "mixed" / "IMG_1.HEIC").write_bytes(b"")
+    with pytest.raises(UserError, match="IMG_1.HEIC: convert them to JPEG"):
+        prepare(tmp_path / "mixed", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

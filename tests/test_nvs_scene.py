@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 
-import nvs_synthetic
 import numpy as np
+import nvs_synthetic
 import pytest
 import torch
 
@@ -13,7 +13,13 @@ from shiftaddvit.nvs import cameras
 from shiftaddvit.nvs.llff import read_llff, write_llff
 from shiftaddvit.nvs.load import load_scene
 from shiftaddvit.nvs.pictures import read_pictures, undistort, write_png
-from shiftaddvit.nvs.scene import check_sources, every_eighth, normalise, scale_intrinsics, take
+from shiftaddvit.nvs.scene import (
+    check_sources,
+    every_eighth,
+    normalise,
+    scale_intrinsics,
+    take,
+)
 from shiftaddvit.nvs.transforms_json import read_transforms, write_transforms
 
 

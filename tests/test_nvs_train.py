@@ -13,22 +13,28 @@ import pytest
 import torch
 from torch import nn
 
+import shiftaddvit
 from shiftaddvit.errors import UserError
-from shiftaddvit.layers.moe import MoELinear
+from shiftaddvit.layers.moe import MoEConfig, MoELinear
 from shiftaddvit.layers.shift import ShiftLinear
 from shiftaddvit.nvs.batch import TrainingScene, draw_batch
-from shiftaddvit.nvs.convert import DENSE, ROWS, reparameterize_gnt
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
 from shiftaddvit.nvs.gnt.checkpoints import load_published
+from shiftaddvit.nvs.gnt.ray_linear import RayAngularAttention
+from shiftaddvit.nvs.gnt.transformer import RayAttention, ViewAttention
 from shiftaddvit.nvs.memory import Chunk
 from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
 from shiftaddvit.nvs.projector import Seen
+from shiftaddvit.nvs.rows import ROWS
 from shiftaddvit.nvs.scene import normalise
 from shiftaddvit.nvs.state import load_model, save_model
 from shiftaddvit.nvs.step import add_gradients
 from shiftaddvit.nvs.train import NvsTrainConfig, train
-from shiftaddvit.reparam import Recipe, recipes
+from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.train.guard import NotFinite
+
+DENSE = ("feature_net", "rgbfeat_fc", "q_fcs", "pos_fc", "attn_fc", "rgb_fc", "norm")
+"""The parts of GNT that no recipe touches."""
 
 TINY = GNTConfig(width=16, depth=2, samples=6, sources=3, feature_channels=4, feature_base=4)
 SHORT = NvsTrainConfig(steps=6, rays=16, check_every=3, warmup_steps=2, source_jitter=1, measure_latency=False)
@@ -120,6 +126,16 @@ def test_a_kill_leaves_a_run_that_resumes(scene, tmp_path):
     load_model(folder / "model.safetensors")
 
 
+def test_a_run_told_when_to_stop_saves_and_goes_on(scene, tmp_path):
+    whole, parts = tiny(), tiny()
+    train(whole, [scene], tmp_path / "whole", SHORT, show=False)
+    stopped = train(parts, [scene], tmp_path / "parts", SHORT, show=False, until=time.monotonic() - 1)
+    assert not stopped.finished and stopped.steps == 0 and not (tmp_path / "parts" / "result.json").exists()
+    result = train(tiny(seed=5), [scene], tmp_path / "parts", SHORT, resume=True, show=False)
+    assert result.finished and result.steps == SHORT.steps
+    assert torch.equal(load_model(tmp_path / "parts" / "model.safetensors").net_coarse.rgb_fc.weight, whole.net_coarse.rgb_fc.weight)
+
+
 def test_nan_stops_and_keeps_the_last_good_model(scene, tmp_path):
     config = replace(SHORT, steps=12, check_every=1, checkpoint_minutes=1e-9)
     model = tiny()
@@ -194,7 +210,7 @@ def test_running_out_of_memory_halves_the_chunk():
 
 @pytest.mark.parametrize("row", [None, "gnt-add-shift-moe"])
 def test_bf16_training_runs(scene, tmp_path, row):
-    model = tiny() if row is None else reparameterize_gnt(tiny(), row)
+    model = tiny() if row is None else reparameterize(tiny(), row)
     result = train(model, [scene], tmp_path, replace(SHORT, steps=3, precision="bf16"), show=False)
     assert result.steps == 3 and result.train_psnr > 0
 
@@ -212,7 +228,7 @@ def test_nerf_trains_and_loads(scene, tmp_path):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_converts_trains_and_loads(row, scene, tmp_path):
-    model = reparameterize_gnt(tiny(), recipes[row])
+    model = reparameterize(tiny(), recipes[row])
     train(model, [scene], tmp_path, replace(SHORT, steps=2), show=False)
     expected = model.eval().net_coarse(*seen(model))[0]
     again = load_model(tmp_path / "model.safetensors")
@@ -227,7 +243,7 @@ def test_the_balance_loss_reaches_the_routers_and_costs_are_measured(scene, tmp_
     results = []
     for weight in (0.0, 10.0):
         torch.manual_seed(0)
-        model = reparameterize_gnt(tiny(), "gnt-add-shift-moe")
+        model = reparameterize(tiny(), "gnt-add-shift-moe")
         config = replace(SHORT, steps=2, balance_weight=weight, measure_latency=True)
         train(model, [scene], tmp_path / str(weight), config, show=False)
         results.append(model.net_coarse.view_crosstrans[0].ff.fc1)
@@ -237,7 +253,7 @@ def test_the_balance_loss_reaches_the_routers_and_costs_are_measured(scene, tmp_
 
 @pytest.mark.parametrize("row", ROWS)
 def test_conversion_touches_what_the_table_says_and_nothing_else(row):
-    model, recipe = reparameterize_gnt(tiny(), row), recipes[row]
+    model, recipe = reparameterize(tiny(), row), recipes[row]
     for name, module in model.named_modules():
         if any(part in DENSE for part in name.split(".")):
             assert not isinstance(module, ShiftLinear | MoELinear), name
@@ -251,7 +267,7 @@ def test_conversion_touches_what_the_table_says_and_nothing_else(row):
 
 def test_conversion_with_primitives_off_is_the_dense_model():
     """Shift layers that are switched off use the latent weights: GNT-shift then is GNT."""
-    dense, model = tiny().eval(), reparameterize_gnt(tiny(), "gnt-shift").eval()
+    dense, model = tiny().eval(), reparameterize(tiny(), "gnt-shift").eval()
     for module in model.modules():
         if isinstance(module, ShiftLinear):
             module.enabled = False
@@ -261,7 +277,7 @@ def test_conversion_with_primitives_off_is_the_dense_model():
 
 def test_ray_attention_with_additions_off_is_the_dense_model():
     recipe = Recipe(attention="linear", add="quant")
-    dense, model = tiny().eval(), reparameterize_gnt(tiny(), recipe).eval()
+    dense, model = tiny().eval(), reparameterize(tiny(), recipe).eval()
     for block in model.net_coarse.view_selftrans:
         block.attn.enabled = False
     for expected, found in zip(dense.net_coarse(*seen(dense)), model.net_coarse(*seen(model)), strict=True):
@@ -269,26 +285,51 @@ def test_ray_attention_with_additions_off_is_the_dense_model():
 
 
 def test_every_converted_parameter_receives_gradient():
-    model = reparameterize_gnt(tiny(config=replace(TINY, dropout=0.0)), "gnt-add-shift-moe").train()
+    model = reparameterize(tiny(config=replace(TINY, dropout=0.0)), "gnt-add-shift-moe").train()
     model.net_coarse(*seen(model, 64))[0].square().sum().backward()
     for name, parameter in model.net_coarse.named_parameters():
         assert parameter.grad is not None, f"no gradient for {name}"
 
 
 def test_conversion_refuses_what_it_has_no_form_of():
-    with pytest.raises(UserError, match="attention = 'msa'"):
-        reparameterize_gnt(tiny(), Recipe(attention="msa"))
+    for recipe in (Recipe(attention="linear", add="ksh"), Recipe(attention="ecoformer")):
+        model = tiny()
+        with pytest.raises(UserError, match="view_selftrans.0.attn .RayAttention. takes attention 'keep' or 'linear'"):
+            reparameterize(model, recipe)
+        assert isinstance(model.net_coarse.view_selftrans[0].attn, RayAttention)
     with pytest.raises(UserError, match="already converted"):
-        reparameterize_gnt(reparameterize_gnt(tiny(), "gnt-add"), "gnt-add")
+        reparameterize(reparameterize(tiny(), "gnt-add"), "gnt-add")
     with pytest.raises(UserError, match="override pattern 'blocks.0'"):
-        reparameterize_gnt(tiny(), Recipe(mlp="shift", overrides=(("blocks.0", {"mlp": "mult"}),)))
-    with pytest.raises(UserError, match="NeRF cannot be converted"):
-        reparameterize_gnt(NeRF(NeRFConfig(width=16)), "gnt-add")
+        reparameterize(tiny(), Recipe(mlp="shift", overrides=(("blocks.0", {"mlp": "mult"}),)))
+    with pytest.raises(UserError, match="no attention or MLP found in NeRF"):
+        reparameterize(NeRF(NeRFConfig(width=16)), "gnt-add")
+
+
+def test_the_one_verb_converts_gnt_and_reports_every_linear():
+    model = shiftaddvit.reparameterize(tiny(), "gnt-add-shift-moe")
+    report = model.shiftaddvit_report
+    attention, feed = "net_coarse.view_selftrans.0.attn", "net_coarse.view_crosstrans.1.ff"
+    assert (f"{attention}.k_fc", f"{attention}.qkv[k]") in report.used and (f"{attention}.out_fc", f"{attention}.proj") in report.used
+    assert (f"{attention}.token_conv.weight", "zeros") in report.made
+    assert any(name == f"{feed}.fc2.weight" and "mult, shift" in target for name, target in report.used)
+
+
+def test_view_attention_keeps_its_subtraction_whatever_the_recipe():
+    model = reparameterize(tiny(), Recipe(attention="linear", attn_linear="shift"))
+    assert isinstance(model.net_coarse.view_crosstrans[0].attn, ViewAttention)
+    assert isinstance(model.net_coarse.view_selftrans[0].attn, RayAngularAttention)
+
+
+def test_one_router_for_a_whole_feed_forward_starts_as_the_dense_model():
+    dense = tiny().eval()
+    model = reparameterize(tiny(), Recipe(mlp="moe", moe=MoEConfig(experts=("mult", "mult"), router="mlp"))).eval()
+    with torch.no_grad():
+        assert torch.allclose(dense.net_coarse(*seen(dense))[0], model.net_coarse(*seen(model))[0], atol=1e-6)
 
 
 def test_overrides_reach_one_block():
     recipe = Recipe(mlp="shift", overrides=(("net_coarse.view_crosstrans.0.*", {"mlp": "mult"}),))
-    model = reparameterize_gnt(tiny(), recipe)
+    model = reparameterize(tiny(), recipe)
     assert isinstance(model.net_coarse.view_crosstrans[0].ff.fc1, nn.Linear)
     assert isinstance(model.net_coarse.view_crosstrans[1].ff.fc1, ShiftLinear)
 

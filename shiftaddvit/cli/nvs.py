@@ -29,6 +29,23 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class RenderPrecision(str, Enum):
+    """Of rendering."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class RenderEngine(str, Enum):
+    """What renders."""
+
+    auto = "auto"
+    plain = "plain"
+    compiled = "compiled"
+    fused = "fused"
+
+
 SceneFolder = Annotated[Path, typer.Argument(help="Folder with poses_bounds.npy, transforms.json or a COLMAP model in sparse/.")]
 Width = Annotated[int | None, typer.Option(help="Shrink pictures to this width.")]
 Hold = Annotated[int, typer.Option("--hold-out", help="Hold out every so-many-th view for test; 0 holds out none.")]
@@ -36,6 +53,10 @@ Near = Annotated[float | None, typer.Option(help="Nearest depth, in the scene fi
 Far = Annotated[float | None, typer.Option(help="Farthest depth, likewise.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one.")]
 Bits = Annotated[Precision, typer.Option("--precision", help="bf16 is faster on a GPU; geometry stays in float32.")]
+RenderBits = Annotated[RenderPrecision, typer.Option("--precision", help="bf16 and fp16 are faster on a GPU; geometry stays in float32.")]
+Engine = Annotated[
+    RenderEngine, typer.Option(help="plain PyTorch, compiled, or fused (GNT's own kernels); auto takes fused on a GPU where the model has it.")
+]
 
 
 @app.command()
@@ -134,7 +155,9 @@ def render(
     scene: SceneFolder,
     model: Annotated[Path, typer.Argument(help="model.safetensors of a run, or a published GNT .pth.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures, depth and video.")],
-    path: Annotated[str, typer.Option(help="held-out, spiral, interpolated, or a JSON file of poses.")] = "spiral",
+    path: Annotated[
+        str, typer.Option(help="held-out, spiral, interpolated, or a JSON file of poses; auto: spiral if the scene faces one way, else interpolated.")
+    ] = "auto",
     frames: Annotated[int, typer.Option(help="Pictures of a spiral or interpolated path.")] = 60,
     rate: Annotated[int, typer.Option(help="Pictures a second in the video.")] = 30,
     width: Width = None,
@@ -143,8 +166,8 @@ def render(
     far: Far = None,
     samples: Annotated[int | None, typer.Option(help="Points along a ray, if not as trained.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Rays at once; by default what the memory suggests.")] = None,
-    precision: Bits = Precision.fp32,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model: a minute at first, then faster.")] = False,
+    precision: RenderBits = RenderPrecision.fp32,
+    engine: Engine = RenderEngine.auto,
     device: Device = "auto",
 ) -> None:
     """Render a camera path to PNG, depth and MP4; held-out views also beside the truth with their error."""
@@ -155,7 +178,8 @@ def render(
 
     loaded = load_scene(scene, width, hold_out, near, far)
     cameras = choose_path(path, loaded, frames)
-    renderer = make_renderer(load_any(model, samples), loaded, choose_device(device), precision.value, chunk, compile)
+    renderer = make_renderer(load_any(model, samples), loaded, choose_device(device), precision.value, chunk, engine.value)
+    typer.echo(f"engine: {renderer.engine}", err=True)
     truth = [loaded.images[view].float() / 255 for view in loaded.test] if path == "held-out" else None
     seconds = write_frames(renderer, cameras, output, rate, truth)
     typer.echo(f"{len(cameras)} pictures, {seconds:.2f} s each (features {renderer.encode_seconds:.1f} s once), in {output}")
@@ -172,7 +196,8 @@ def evaluate(
     near: Near = None,
     far: Far = None,
     samples: Annotated[int | None, typer.Option(help="Points along a ray, if not as trained.")] = None,
-    precision: Bits = Precision.fp32,
+    precision: RenderBits = RenderPrecision.fp32,
+    engine: Engine = RenderEngine.auto,
     device: Device = "auto",
 ) -> None:
     """PSNR, SSIM and (with weights) LPIPS of the held-out views."""
@@ -188,11 +213,12 @@ def evaluate(
 
     loaded, place = load_scene(scene, width, hold_out, near, far), choose_device(device)
     perceive = Lpips(lpips, place) if lpips is not None else None
-    renderer = make_renderer(load_any(model, samples), loaded, place, precision.value)
+    renderer = make_renderer(load_any(model, samples), loaded, place, precision.value, engine=engine.value)
+    typer.echo(f"engine: {renderer.engine}", err=True)
     score = run(renderer, perceive, lambda view, _, found: typer.echo(f"{found.name}: {found.psnr:.2f} dB, {found.seconds:.2f} s", err=True))
     typer.echo(score_table(score))
     if output is not None:
-        described = {"model": str(model), "conditions": conditions(place, precision=precision.value)}
+        described = {"model": str(model), "engine": renderer.engine, "conditions": conditions(place, precision=precision.value)}
         write_json(output, stamped("nvs-evaluate", score.to_dict() | described))
 
 
@@ -204,25 +230,25 @@ def bench(
     width: Width = None,
     samples: Annotated[int | None, typer.Option(help="Points along a ray; 192 published for GNT.")] = None,
     repeats: Annotated[int, typer.Option(help="Renderings of one view; the median counts.")] = 3,
-    precision: Bits = Precision.fp32,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model: a minute at first, then faster.")] = False,
+    precision: RenderBits = RenderPrecision.fp32,
+    engine: Engine = RenderEngine.auto,
     device: Device = "auto",
 ) -> None:
     """Seconds an image of NeRF, GNT and every converted row, with the published figures beside them."""
     from shiftaddvit.files import write_json
     from shiftaddvit.nvs.bench import bench_result, time_row
     from shiftaddvit.nvs.choose import choose_device, row_model
-    from shiftaddvit.nvs.convert import ROWS
     from shiftaddvit.nvs.load import load_scene
     from shiftaddvit.nvs.output import bench_table
+    from shiftaddvit.nvs.rows import ROWS
 
     loaded, place = load_scene(scene, width), choose_device(device)
     timings = []
     for row in rows or ["nerf", "gnt", *ROWS]:
         name, model = row_model(row, loaded, samples)
-        timings.append(time_row(name, model, loaded, place, precision.value, repeats, compile))
-        typer.echo(f"{name}: {timings[-1].seconds:.3f} s an image", err=True)
-    result = bench_result(timings, loaded, place, precision.value, repeats, compile)
+        timings.append(time_row(name, model, loaded, place, precision.value, repeats, engine.value))
+        typer.echo(f"{name}: {timings[-1].seconds:.3f} s an image, {timings[-1].engine}", err=True)
+    result = bench_result(timings, loaded, place, precision.value, repeats)
     typer.echo(bench_table(result))
     if output is not None:
         write_json(output, result)
@@ -232,11 +258,13 @@ def bench(
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the strip and the models.")] = Path("nvs-quickstart"),
     recipe: Annotated[str, typer.Option(help="Which row of the 3D table to convert to.")] = "gnt-add-shift-moe",
+    train_minutes: Annotated[float, typer.Option(help="Training of the small GNT.")] = 1.4,
+    tune_minutes: Annotated[float, typer.Option(help="Fine-tuning after conversion.")] = 0.4,
     device: Device = "cpu",
 ) -> None:
     """The whole path on the embedded scene in under four minutes on two cores: floor, small GNT, conversion, picture strip."""
     from shiftaddvit.nvs.choose import choose_device
     from shiftaddvit.nvs.quickstart import quickstart as run
 
-    result = run(output, recipe, device=choose_device(device), say=typer.echo)
+    result = run(output, recipe, train_minutes, tune_minutes, choose_device(device), typer.echo)
     typer.echo(f"{result.seconds:.0f} s in all; truth, {', '.join(result.scores)} (depth below): {result.strip}")

@@ -139,13 +139,12 @@ def _view_synthesis(name: str, recipe: str, image_size: tuple[int, int] | None, 
             network = NeRFMLP()
         found = trace(network, (NERF_CHUNK, 3), (NERF_CHUNK, 3), scale=rays * NERF_SAMPLES / NERF_CHUNK)
     else:
-        from shiftaddvit.nvs.convert import reparameterize_gnt
         from shiftaddvit.nvs.gnt import GNT
 
         with torch.device("meta"):
             model = GNT()
             if recipe != "dense":
-                reparameterize_gnt(model, named_recipe(recipe))
+                reparameterize(model, named_recipe(recipe))
         points, network = (GNT_CHUNK, GNT_SAMPLES), _Rays(model.net_coarse)
         shapes = [(*points, GNT_VIEWS, width) for width in (35, 4, 1)]
         found = trace(network, *shapes, (*points, 3), (GNT_CHUNK, 3), scale=rays / GNT_CHUNK)

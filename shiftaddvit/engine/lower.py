@@ -46,7 +46,7 @@ def lower(
     family = _FAMILIES.get(type(model))
     if family is None:
         raise UserError(
-            f"the engine has no lowering for {type(model).__name__}; allowed: PVTv2 and ViT/DeiT of timm, PVTv1, dense or converted. "
+            f"the engine has no lowering for {type(model).__name__}; allowed: PVTv2 and ViT/DeiT of timm, PVTv1, dense or converted (GNT: nvs.engine.deploy_gnt). "
             "Run the model itself, under torch.compile"
         )
     device = torch.device(device) if device is not None else next(model.parameters()).device

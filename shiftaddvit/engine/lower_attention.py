@@ -24,7 +24,7 @@ def lower_attention(
     if before is None:
         raise UserError(f"the engine cannot lower {name}: no LayerNorm stands before it; run the model itself")
     if type(module) in (AngularAttention, EcoformerAttention):
-        return _angular(module, before, name, tokens, prep, scale)
+        return lower_angular(module, before, name, tokens, prep, scale)
     if type(module) is SoftmaxAttention:
         return _plain(module, module.heads, before, name, tokens, prep, scale, None, None)
     if type(module) is TimmAttention:
@@ -71,7 +71,10 @@ def _reduction(module: nn.Module, name: str, grid: tuple[int, int], prep: Prepar
     return PooledStep(embed, grid, size, activation_of(module.act, f"{name}.act"))
 
 
-def _angular(module: AngularAttention, before: Norm, name, tokens, prep, scale) -> AngularStep | LinearAttentionStep:
+def lower_angular(
+    module: AngularAttention, before: Norm, name: str, tokens: int, prep: Preparation, scale: Tensor | None = None
+) -> AngularStep | LinearAttentionStep:
+    """The step of linear attention behind its norm."""
     if module.hash is not None and not bool(module.hash.calibrated):
         raise UserError(f"{name}: the hash functions are not trained yet: call shiftaddvit.calibrate(model, images) before deploy")
     qkv, proj = projection(module.qkv, f"{name}.qkv", prep), projection(module.proj, f"{name}.proj", prep, scale)
@@ -96,8 +99,9 @@ def _kernels_take(module: AngularAttention, qkv: Projection, proj: Projection) -
     width = module.heads * module.head_dim
     square = qkv.weight.shape[2] == width and proj.weight.shape[1:] == (width, width)
     form = config.output_norm in ("l2", "none") and not (config.unit_codes and add is not None)
+    own = type(module).mix is AngularAttention.mix and type(module).encode is AngularAttention.encode
     return (
-        type(module) is AngularAttention and module.enabled and codes and plain and form and square
+        own and module.enabled and codes and plain and form and square
         and module.head_dim in HEAD_WIDTHS and qkv.fusable and proj.fusable
     )  # fmt: skip
 

@@ -11,8 +11,8 @@ from shiftaddvit.cost import energy
 from shiftaddvit.published import view_synthesis
 from shiftaddvit.schema import stamped
 
-from .convert import ROWS
-from .render import make_renderer
+from .render import Engine, make_renderer
+from .rows import ROWS
 from .scene import Scene
 
 
@@ -32,6 +32,8 @@ class Timing:
     """For the features of all source views, once a scene."""
     rays_at_once: int
     """Chunk after any halving."""
+    engine: str
+    """What rendered, in words."""
     joules: float | None
     """Modelled for the published network (GNT of depth 4, 192 samples, 10 views; NeRF of 64 + 128) at this picture size, analytical
     Eyeriss model, mode `eyeriss`; None where not run."""
@@ -46,14 +48,15 @@ def time_row(
     device: torch.device | str,
     precision: str = "fp32",
     repeats: int = 3,
-    compile: bool = False,
+    engine: Engine = "auto",
+    chunk: int | None = None,
 ) -> Timing:
     """Render the first held-out (or first) view `repeats` times after one warm-up that fits the chunk to the memory."""
-    renderer = make_renderer(model, scene, device, precision, compile=compile)
+    renderer = make_renderer(model, scene, device, precision, chunk, engine)
     camera = scene.camera(scene.test[0] if scene.test else 0)
     renderer.render(camera)
     seconds = [renderer.render(camera).seconds for _ in range(repeats)]
-    return Timing(row, statistics.median(seconds), min(seconds), max(seconds), renderer.encode_seconds, renderer.chunk.rays, *modelled_joules(row, scene.height, scene.width))
+    return Timing(row, statistics.median(seconds), min(seconds), max(seconds), renderer.encode_seconds, renderer.chunk.rays, renderer.engine, *modelled_joules(row, scene.height, scene.width))
 
 
 def modelled_joules(row: str, height: int, width: int) -> tuple[float | None, float | None]:
@@ -66,7 +69,7 @@ def modelled_joules(row: str, height: int, width: int) -> tuple[float | None, fl
 
 
 def bench_result(
-    timings: list[Timing], scene: Scene, device: torch.device | str, precision: str, repeats: int, compile: bool = False, seed: int = 0
+    timings: list[Timing], scene: Scene, device: torch.device | str, precision: str, repeats: int, seed: int = 0
 ) -> dict[str, object]:
     """JSON values with their conditions; speed-ups are over the row `gnt` where it was timed."""
     published = {row.row: row for row in view_synthesis()}
@@ -80,5 +83,5 @@ def bench_result(
         }
         for timing in timings
     ]
-    facts = conditions(device, seed=seed, precision=precision, compiled=compile, warm_up=1, repeats=repeats)
+    facts = conditions(device, seed=seed, precision=precision, warm_up=1, repeats=repeats)
     return stamped("nvs-bench", {"scene": scene.name, "width": scene.width, "height": scene.height, "rows": rows, "conditions": facts})

@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 from shiftaddvit.errors import UserError, unknown
-from shiftaddvit.reparam.recipe import as_recipe
+from shiftaddvit.reparam import reparameterize
 
-from .convert import ROWS, reparameterize_gnt
 from .floors import Nearest, Sweep
 from .gnt import GNT, GNTConfig
 from .gnt.checkpoints import load_published
 from .inspect import inspect_scene
 from .nerf import NeRF, NeRFConfig
 from .paths import held_out, interpolated, read_path, spiral
+from .rows import ROWS
 from .scene import Camera, Scene
 from .state import load_model
 
-PATHS = ("held-out", "spiral", "interpolated")
+PATHS = ("auto", "held-out", "spiral", "interpolated")
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,7 +71,7 @@ def choose_model(
     if recipe is None:
         return model
     if recipe != getattr(getattr(model, "shiftaddvit_recipe", None), "name", None):
-        reparameterize_gnt(model, as_recipe(recipe))
+        reparameterize(model, recipe)
     return model
 
 
@@ -92,7 +92,9 @@ def _started(path: Path, asked: dict[str, int]) -> GNT | NeRF:
 
 
 def choose_path(path: str, scene: Scene, frames: int) -> list[Camera]:
-    """A camera path by name, or the user's own from a JSON file."""
+    """A camera path by name, or the user's own from a JSON file. `auto` is a spiral where the scene faces one way, else past the captured views."""
+    if path == "auto":
+        path = "spiral" if inspect_scene(scene).forward_facing else "interpolated"
     if path == "held-out":
         return held_out(scene)
     if path == "spiral":
@@ -116,7 +118,7 @@ def row_model(row: str, scene: Scene, samples: int | None) -> tuple[str, nn.Modu
     if name == "gnt":
         return name, GNT(GNTConfig(**shape))
     if name in ROWS:
-        return name, reparameterize_gnt(GNT(GNTConfig(**shape)), name)
+        return name, reparameterize(GNT(GNTConfig(**shape)), name)
     if name in ("nearest", "sweep"):
         return name, load_any(name)
     raise unknown("row", name, ("nerf", "gnt", *ROWS, "nearest", "sweep"))

@@ -8,7 +8,15 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .cameras import average_pose, inside, invert_pose, nearest_views, pixel_grid, pixel_rays, project
+from .cameras import (
+    average_pose,
+    inside,
+    invert_pose,
+    nearest_views,
+    pixel_grid,
+    pixel_rays,
+    project,
+)
 from .scene import Scene
 
 FACING = 45.0  # degrees from the mean direction that still count as forward-facing

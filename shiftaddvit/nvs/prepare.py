@@ -44,6 +44,9 @@ def prepare(photos: str | os.PathLike, output: str | os.PathLike, longest: int =
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; choose a new folder")
     paths = list_pictures(photos)
+    apple = [path.name for path in Path(photos).iterdir() if path.suffix.lower() in (".heic", ".heif")]
+    if apple:
+        raise UserError(f"{photos} has photos that this cannot read, such as {sorted(apple)[0]}: convert them to JPEG first (HEIC is Apple's own format)")
     if len(paths) < 2:
         raise UserError(f"{photos} has {len(paths)} photo{'s' * (len(paths) != 1)} ({', '.join(SUFFIXES)}); at least 2 are needed, 20 to 60 are good")
     with tempfile.TemporaryDirectory() as scratch:

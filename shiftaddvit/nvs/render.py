@@ -3,16 +3,27 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shiftaddvit.errors import UserError, unknown
+
+from .engine import deploy_gnt
+from .engine.engine import RAYS
+from .engine.lower import why_not
+from .floors import Nearest, Sweep
 from .memory import Chunk, first_chunk
 from .scene import Camera, Scene, check_sources
 from .sources import Rays, SourceBank, Sources, camera_rays, encode_bank, make_bank
 from .step import precision_context
+
+Engine = Literal["auto", "plain", "compiled", "fused"]
+ENGINES = ("auto", "plain", "compiled", "fused")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of the fused engine, by precision."""
 
 
 class Picture(NamedTuple):
@@ -39,6 +50,8 @@ class Renderer:
     """Time the source views' features took, once."""
     even: bool = False
     """Every chunk has the same number of rays, the last one padded, as compiled code and graphs want it."""
+    engine: str = "plain PyTorch"
+    """What renders, in words."""
 
     @property
     def device(self) -> torch.device:
@@ -92,28 +105,51 @@ def make_renderer(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     chunk: int | None = None,
-    compile: bool = False,
+    engine: Engine = "auto",
 ) -> Renderer:
     """Move the model and the scene's training views to the device and compute their features, each once.
 
-    `chunk` is the number of rays at once; by default as many as the device's memory suggests. `compile` compiles GNT's transformer (or
-    NeRF's MLPs), which takes a minute at the first picture. UserError for too few training views.
+    `chunk` is the number of rays at once; by default as many as the device's memory suggests. `engine` is `plain` (the PyTorch model),
+    `compiled` (the same under torch.compile: a minute at the first picture), `fused` (GNT's kernels in one CUDA graph), or `auto`: fused
+    on a GPU where the model has that form, else plain; `Renderer.engine` says which and why. UserError for too few training views, or an
+    engine that cannot render this model.
     """
-    model = model.to(device).eval()
-    if compile:
-        for name in ("net_coarse", "coarse", "fine"):
-            if isinstance(getattr(model, name, None), nn.Module):
-                getattr(model, name).compile()
+    if model.sources:
+        check_sources(scene, model.sources)
+    model, said = _with_engine(model.to(device).eval(), torch.device(device), precision, engine)
+    even = not said.startswith("plain")
     rays = chunk if chunk is not None else first_chunk(model.bytes_per_ray(False), device)
+    if chunk is None and even:
+        rays = min(rays, RAYS)
     if not model.sources:
-        return Renderer(model, scene, None, Chunk(rays), precision, 0.0, compile)
-    check_sources(scene, model.sources)
+        return Renderer(model, scene, None, Chunk(rays), precision, 0.0, even, said)
     start = time.perf_counter()
     with precision_context(device, precision):
         bank = encode_bank(make_bank(scene, scene.train, device), model)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-    return Renderer(model, scene, bank, Chunk(rays), precision, time.perf_counter() - start, compile)
+    return Renderer(model, scene, bank, Chunk(rays), precision, time.perf_counter() - start, even, said)
+
+
+def _with_engine(model: nn.Module, device: torch.device, precision: str, engine: Engine) -> tuple[nn.Module, str]:
+    """The model that renders, and its description."""
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    reason = why_not(model)
+    if engine == "auto" and reason is None and device.type != "cuda":
+        reason = "the fused engine is for GPUs: --engine fused asks for it"
+    if engine == "plain" or (engine == "auto" and reason is not None):
+        return model, f"plain PyTorch, {precision}" + (f" ({reason})" if engine == "auto" else "")
+    if engine == "compiled":
+        if isinstance(model, Nearest | Sweep):
+            raise UserError("the floors have nothing to compile; use the engine 'plain'")
+        # All of it, geometry included, for shapes that do not change.
+        model.compile(dynamic=False)
+        return model, f"compiled, {precision}"
+    deployed = deploy_gnt(model, DTYPES[precision], device)
+    backend = "triton kernels, CUDA graph" if device.type == "cuda" else "reference backend"
+    unfused = deployed.program.unfused
+    return deployed, f"fused, {precision}, {backend}" + (f" (as plain layers: {', '.join(unfused)})" if unfused else "")
 
 
 def render_path(

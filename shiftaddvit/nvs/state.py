@@ -13,10 +13,9 @@ from torch import nn
 from shiftaddvit.errors import UserError, unknown
 from shiftaddvit.files import atomic_write
 from shiftaddvit.layers.packed import pack
-from shiftaddvit.reparam import Recipe
+from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.serialization import read_metadata
 
-from .convert import reparameterize_gnt
 from .floors import Nearest, Sweep
 from .gnt import GNT, GNTConfig
 from .nerf import NeRF, NeRFConfig
@@ -58,7 +57,7 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> G
     config = header["config"]
     model = GNT(GNTConfig(**config)) if header["kind"] == "gnt" else NeRF(NeRFConfig(**config))
     if header["recipe"] is not None:
-        reparameterize_gnt(model, Recipe.from_dict(header["recipe"], source=f"the recipe in {path}"))
+        reparameterize(model, Recipe.from_dict(header["recipe"], source=f"the recipe in {path}"))
     if header["packed"]:
         pack(model)
         model.shiftaddvit_packed = True

@@ -28,9 +28,10 @@ class Balance(NamedTuple):
 
 
 def precision_context(device: torch.device | str, precision: str) -> AbstractContextManager:
-    """bfloat16 where safe (autocast; geometry, encodings, softmax and norms stay float32), or nothing."""
-    if precision == "bf16":
-        return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    """bfloat16 (or, for rendering, float16) where safe (autocast; geometry, encodings, softmax and norms stay float32), or nothing."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if half is not None:
+        return torch.autocast(torch.device(device).type, dtype=half)
     return nullcontext()
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -107,6 +107,8 @@ class TrainResult:
     """On the training batches since the last look, dB; None when a finished run was resumed."""
     held_out_psnr: float | None
     """On fixed pixels of held-out views, dB; None without held-out views."""
+    finished: bool = True
+    """False when the run stopped at the time it was told to, with a checkpoint to resume from."""
 
 
 def train(
@@ -118,11 +120,13 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     show: bool = True,
+    until: float | None = None,
 ) -> TrainResult:
     """Train `model` (GNT, converted or not, or NeRF) on the training views of `scenes`; writes `model.safetensors`, `log.jsonl` and
     `result.json` into `folder`.
 
-    UserError before anything is written for scenes with too few views, or a folder that holds another run; `NotFinite` when the loss is
+    `until` is a time of `time.monotonic()` at which the run saves a checkpoint and returns unfinished, to be resumed: for machines that
+    are lent by the hour. UserError before anything is written for scenes with too few views, or a folder that holds another run; `NotFinite` when the loss is
     no longer a number, after which `model.safetensors` is the last good state.
     """
     for scene in scenes:
@@ -133,9 +137,8 @@ def train(
     description = {"model": kind_of(model), "shape": asdict(model.config), "recipe": _recipe(model), "train": asdict(config)}
     description["scenes"] = [{"name": scene.name, "views": len(scene), "width": scene.width} for scene in scenes]
     going_on = run.open(description, resume, overwrite)
-    return _Training(model.to(device).train(), [TrainingScene.of(scene, device) for scene in scenes], run, config, device).run(
-        going_on, show
-    )
+    training = _Training(model.to(device).train(), [TrainingScene.of(scene, device) for scene in scenes], run, config, device)
+    return training.run(going_on, show, math.inf if until is None else until)
 
 
 def _recipe(model: nn.Module) -> dict | None:
@@ -160,7 +163,7 @@ class _Training:
             for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
                 part.compile()
 
-    def run(self, going_on: bool, show: bool) -> TrainResult:
+    def run(self, going_on: bool, show: bool, until: float) -> TrainResult:
         if going_on:
             self._restore()
         total = self.config.steps if self.config.minutes is None else math.ceil(60 * self.config.minutes)
@@ -170,7 +173,9 @@ class _Training:
         with TrainingProgress("train", total, self._done(), show) as progress, record_routing(self.model) as records:
             if mixtures:
                 self.balance = Balance(records, expert_costs(self.model), self.config.balance_weight)
-            result = self._loop(progress)
+            result = self._loop(progress, until)
+        if not result.finished:
+            return result
         described = {
             "model": kind_of(self.model), "recipe": getattr(getattr(self.model, "shiftaddvit_recipe", None), "name", None),
             "scenes": [one.scene.name for one in self.scenes], "conditions": conditions(self.device, seed=self.config.seed),
@@ -178,11 +183,14 @@ class _Training:
         self.folder.write_result(stamped("nvs-train", described | asdict(result)))
         return result
 
-    def _loop(self, progress: TrainingProgress) -> TrainResult:
+    def _loop(self, progress: TrainingProgress, until: float) -> TrainResult:
         saved, since, errors = time.monotonic(), 0, torch.zeros((), device=self.device)
         result = TrainResult(self.step, self.seconds, None, None)
         while not self._finished():
             start = time.monotonic()
+            if start >= until:
+                self._save(errors)
+                return replace(result, steps=self.step, seconds=self.seconds, finished=False)
             errors += self._one_step()
             since += 1
             self.seconds += time.monotonic() - start

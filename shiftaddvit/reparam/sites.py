@@ -1,5 +1,7 @@
-"""Where attention and MLP linears live in each family of models: the only place that knows. A new family is one new entry here."""
+"""Where attention and MLP linears live in each family of models: the only place that knows. A new family is one new entry here, or, for
+models of this package that the core may not import, a method `attention_site(name) -> AttentionSite` of its attention modules."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +9,7 @@ from timm.models import FeatureDictNet, pvt_v2, twins, vision_transformer
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.layers.attention import AngularAttention
 from shiftaddvit.models import pvt_v1
 
 
@@ -18,16 +21,21 @@ class AttentionSite:
     """Module name in the model."""
     module: nn.Module
     """The module itself."""
-    kind: Literal["sra", "qkv", "linears-only"]
-    """`sra`: q, kv, proj and perhaps a spatial reduction · `qkv`: one fused linear and proj · else only its linears can be swapped."""
+    kind: Literal["sra", "qkv", "split", "linears-only"]
+    """`sra`: q, kv, proj and perhaps a spatial reduction · `qkv`: one fused linear and proj · `split`: four linears for q, k, v and out ·
+    else only its linears can be swapped."""
     linears: tuple[str, ...]
-    """Names of its linear layers, relative to the module."""
+    """Names of its linear layers, relative to the module; of kind `split` in the order q, k, v, out."""
     prefix_tokens: int = 0
     """Class and distillation tokens at the front of the sequence."""
     last_stage: bool = False
     """In the last stage of a pyramid, where the method keeps softmax attention."""
     obstacle: str = ""
     """Why its attention cannot become linear; empty when it can."""
+    subtracts: bool = False
+    """Its attention multiplies no queries with keys, so every recipe leaves it and rules its linears alone."""
+    linear_form: Callable[..., nn.Module] = AngularAttention
+    """What its linear form is made with; the arguments of `AngularAttention`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[MlpSite]]:
     """Every attention and MLP of `model`, in the order of its modules. UserError for a model that has none."""
     attentions, mlps = [], []
     for name, module in model.named_modules():
-        if _is_attention(module):
+        if hasattr(module, "attention_site"):
+            attentions.append(module.attention_site(name))
+        elif _is_attention(module):
             attentions.append(_attention_site(name, module, *_network_around(model, name)))
         elif _is_linear(getattr(module, "fc1", None)) and _is_linear(getattr(module, "fc2", None)):
             mixes = any(isinstance(child, nn.Conv2d) for child in module.modules())

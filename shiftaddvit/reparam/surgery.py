@@ -8,7 +8,7 @@ from torch import nn
 
 from shiftaddvit.baselines.ecoformer import EcoformerAttention
 from shiftaddvit.errors import UserError
-from shiftaddvit.layers.attention import AngularAttention, SoftmaxAttention
+from shiftaddvit.layers.attention import SoftmaxAttention
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
 from shiftaddvit.layers.shift import ShiftLinear
 
@@ -86,6 +86,7 @@ def _left(model: nn.Module, attentions: list[AttentionSite], mlps: list[MlpSite]
     """Linear layers of the converted model that no column of a recipe speaks of, the classifier aside."""
     sites = [site.name for site in attentions] + [site.name for site in mlps]
     reached = tuple(f"{site}.{linear}" for site in sites for linear in ("qkv", "q", "kv", "proj", "fc1", "fc2", "experts"))
+    reached += tuple(f"{site.name}.{linear}" for site in attentions for linear in site.linears)
     own_weight = tuple(f"{site.name}.qkv" for site in attentions if "qkv" not in site.linears and site.kind == "linears-only")
     heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
     heads = heads if isinstance(heads, tuple) else (heads,)
@@ -111,7 +112,7 @@ def _linear_names(attentions: list[AttentionSite], mlps: list[MlpSite], recipe: 
 
 
 def _stays(site: AttentionSite, recipe: Recipe) -> bool:
-    if recipe.attention == "keep" or (site.last_stage and recipe.last_stage_softmax):
+    if recipe.attention == "keep" or site.subtracts or (site.last_stage and recipe.last_stage_softmax):
         return True
     # A plain transformer's attention already is MSA.
     return recipe.attention == "msa" and site.kind != "sra"
@@ -122,6 +123,12 @@ def _check_attention(site: AttentionSite, recipe: Recipe) -> None:
     codes = recipe.overridden(site.name).get("add", "none")
     if codes != here.add and here.attention != "linear":
         raise UserError(f"an override sets add = {codes!r} for {site.name}: it needs attention = 'linear' there, not {here.attention!r}")
+    hashed = here.attention == "ecoformer" or here.add == "ksh"
+    if site.kind == "split" and not _stays(site, here) and (hashed or here.angular.shared_qk):
+        raise UserError(
+            f"{site.name} ({type(site.module).__name__}) takes attention 'keep' or 'linear' with add 'none' or 'quant', and separate queries "
+            f"and keys; the recipe says attention = {here.attention!r}, add = {here.add!r}, angular.shared_qk = {here.angular.shared_qk}"
+        )
     if site.obstacle and not _stays(site, here):
         raise UserError(
             f"{site.name} ({type(site.module).__name__}) cannot take attention = {here.attention!r} because of {site.obstacle}; "
@@ -153,6 +160,8 @@ def convert_linears(model: nn.Module, recipe: Recipe, report: Report) -> None:
 
 def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
     dense, name = site.module, site.name
+    if site.kind == "split":
+        return _rebuild_split(site, recipe, report)
     heads = dense.num_heads
     head_dim = dense.proj.in_features // heads
     shared = recipe.attention == "ecoformer" or (
@@ -170,7 +179,7 @@ def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
         if recipe.attention == "ecoformer":
             attention = EcoformerAttention(qkv, dense.proj, heads, head_dim, recipe.hash, q_norm)
         else:
-            attention = AngularAttention(
+            attention = site.linear_form(
                 qkv, dense.proj, heads, head_dim, add, recipe.angular, site.prefix_tokens, q_norm, k_norm
             )
         if attention.token_conv is not None:
@@ -185,6 +194,24 @@ def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
         if getattr(getattr(dense, child, None), "p", 0.0) > 0:
             report.dropped.append((f"{name}.{child}", "dropout"))
     return attention.to(dense.proj.weight.device).train(dense.training)
+
+
+def _rebuild_split(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
+    """Linear attention from separate linears without bias for q, k and v, and one for the output."""
+    dense, name = site.module, site.name
+    *parts, proj = (getattr(dense, linear) for linear in site.linears)
+    weight = torch.cat([part.weight.detach() for part in parts])
+    qkv = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    qkv.weight.data = weight
+    add = recipe.binary if recipe.add == "quant" else None
+    attention = site.linear_form(qkv, proj, dense.heads, weight.shape[1] // dense.heads, add, recipe.angular)
+    report.used.extend((f"{name}.{linear}", f"{name}.qkv[{part}]") for linear, part in zip(site.linears, "qkv", strict=False))
+    report.used.append((f"{name}.{site.linears[-1]}", f"{name}.proj"))
+    if attention.token_conv is not None:
+        report.made.append((f"{name}.token_conv.weight", "zeros"))
+    if dense.dp.p > 0:
+        report.dropped.append((f"{name}.dp", "dropout"))
+    return attention.to(weight.device).train(dense.training)
 
 
 def _fused_qkv(site: AttentionSite, shared: bool, report: Report) -> nn.Linear:

@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shiftaddvit.reparam.sites import AttentionSite
+
 from ..projector import Seen
+from .ray_linear import RayAngularAttention
+
+LINEARS = ("q_fc", "k_fc", "v_fc", "out_fc")
+"""The linears of both kinds of attention, under their published names."""
 
 
 def encode_position(x: Float[Tensor, "*n 3"], frequencies: int = 10) -> Float[Tensor, "*n E"]:
@@ -56,6 +62,10 @@ class ViewAttention(nn.Module):
         weights = self.dp(logits.float().masked_fill(mask == 0, -1e9).softmax(dim=2)).to(v.dtype)
         return self.dp(self.out_fc(((v + pos) * weights).sum(dim=2)))
 
+    def attention_site(self, name: str) -> AttentionSite:
+        """What `reparameterize` may change here."""
+        return AttentionSite(name, self, "linears-only", LINEARS, subtracts=True)
+
 
 class RayAttention(nn.Module):
     """Multi-head dot-product attention over the points of a ray."""
@@ -78,6 +88,10 @@ class RayAttention(nn.Module):
             weights = row.softmax(dim=-1).mean(dim=1)[:, 0]
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dp.p if self.training else 0.0)
         return self.dp(self.out_fc(y.transpose(1, 2).flatten(2))), weights
+
+    def attention_site(self, name: str) -> AttentionSite:
+        """What `reparameterize` may change here."""
+        return AttentionSite(name, self, "split", LINEARS, linear_form=RayAngularAttention)
 
 
 def _heads(x: Float[Tensor, "R S C"], heads: int) -> Float[Tensor, "R h S d"]:

@@ -1,0 +1,318 @@
+"""Measure rendering: `python -m shiftaddvit.nvs.engine.bench --out nvs_speed.json`. Correct first, then timed.
+
+A contender is right when its colours are at most twice as far from the float32 PyTorch model's as those of the same model under
+torch.autocast; a wrong one has no time. Weights and pictures are random: time does not depend on them. What the budget of minutes does
+not reach is written down as not run.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from shiftaddvit.conditions import conditions
+from shiftaddvit.errors import UserError
+from shiftaddvit.files import write_json
+from shiftaddvit.ops.tiling import Tile, key, save_tuned, trial
+from shiftaddvit.ops.timing import ceilings
+from shiftaddvit.reparam import reparameterize
+
+from ..batch import TrainingScene, draw_batch
+from ..cameras import look_at
+from ..gnt import GNT, GNTConfig
+from ..render import Renderer, make_renderer
+from ..rows import ROWS
+from ..scene import Scene, every_eighth, normalise
+from ..sources import Rays, camera_rays, encode_bank, make_bank
+from ..step import add_gradients, precision_context
+from . import deploy_gnt
+from .engine import RAYS, RayEngine
+from .steps import Target
+
+DEVICE = "cuda"
+LEAST_TOLERANCE = 2e-2
+"""Error (2-norm, relative) that any contender may have."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    width: int = 504
+    """Of the picture, in pixels."""
+    height: int = 378
+    """Of the picture, in pixels."""
+    samples: int = 192
+    """Points along a ray."""
+    rows: tuple[str, ...] = ("gnt", *ROWS)
+    """Rows of the 3D table."""
+    precision: str = "bf16"
+    """Of every contender but `plain fp32`."""
+    repeats: int = 5
+    """Pictures timed, after two that warm up."""
+    chunks: tuple[int, ...] = (1024, RAYS, 4096, 8192)
+    """Rays at once that the fused engine is tried with, on the first row."""
+    tune: bool = True
+    """Measure tiles first and keep them in the user's cache."""
+    minutes: float = 8.0
+    """Budget; what comes after it is not run."""
+    seed: int = 0
+    """Of weights and pictures."""
+
+
+def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Callable[[dict], None] = lambda result: None) -> dict:
+    """Measure and return a JSON-able dict; `keep` gets the result so far after every row. UserError without a CUDA device."""
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise UserError("measuring the engine needs a CUDA device")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    end = time.monotonic() + 60 * plan.minutes
+    scene, rows = _scene(plan), []
+    result: dict = {"conditions": conditions(DEVICE, **asdict(plan)), "ceilings": ceilings(torch.device(DEVICE)), "rows": rows}
+    if plan.tune:
+        result["tiles"] = {}
+        for row in ("gnt", "gnt-add-shift", "gnt-add-shift-moe"):
+            result["tiles"] |= tune_tiles(_model(row, plan), scene, plan, show)
+        keep(result)
+    for row, engine, precision, chunk in _contenders(plan):
+        entry = {"row": row, "engine": engine, "precision": precision, "chunk": chunk}
+        if time.monotonic() > end:
+            rows.append(entry | {"status": "not run: out of time"})
+        else:
+            rows.append(entry | _measure(_model(row, plan), scene, plan, engine, precision, chunk))
+            torch.cuda.empty_cache()
+        show(" ".join(f"{name} {value}" for name, value in rows[-1].items() if name != "steps"))
+        keep(result)
+    result["training_step_ms"] = {}
+    for name, compile, needs in (("eager", False, 20.0), ("compiled", True, 150.0)):
+        if time.monotonic() < end - needs:
+            result["training_step_ms"][name] = training_step(scene, plan, compile)
+            show(f"training step, {name}: {result['training_step_ms'][name]:.1f} ms")
+    result["ratios"] = ratios(rows)
+    show(str(result["ratios"]))
+    keep(result)
+    return result
+
+
+def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """How many times faster each fused row is than the plain, the compiled and the fused GNT; the fastest chunk counts."""
+
+    def best(row: str, engine: str, precision: str | None = None) -> float | None:
+        found = [
+            one["seconds"] for one in rows
+            if one["row"] == row and one["engine"] == engine and "seconds" in one and precision in (None, one["precision"])
+        ]  # fmt: skip
+        return min(found, default=None)
+
+    against = {
+        "plain fp32": best("gnt", "plain", "fp32"), "plain half": best("gnt", "plain", "bf16") or best("gnt", "plain", "fp16"),
+        "compiled": best("gnt", "compiled"), "fused gnt": best("gnt", "fused"),
+    }  # fmt: skip
+    mine = {row: best(row, "fused") for row in ("gnt", *ROWS)}
+    return {row: {name: base / seconds for name, base in against.items() if base is not None} for row, seconds in mine.items() if seconds is not None}
+
+
+def _contenders(plan: Plan) -> Iterator[tuple[str, str, str, int | None]]:
+    """What matters most comes first."""
+    yield "gnt", "plain", plan.precision, None
+    for row in plan.rows:
+        yield row, "fused", plan.precision, RAYS
+    yield "gnt", "compiled", plan.precision, RAYS
+    for chunk in plan.chunks:
+        if chunk != RAYS:
+            yield "gnt", "fused", plan.precision, chunk
+            yield "gnt-add-shift", "fused", plan.precision, chunk
+    yield "gnt", "plain", "fp32", None
+    for row in plan.rows[1:]:
+        yield row, "plain", plan.precision, None
+
+
+def _measure(model: nn.Module, scene: Scene, plan: Plan, engine: str, precision: str, chunk: int | None) -> dict:
+    renderer = make_renderer(deepcopy(model), scene, DEVICE, precision, chunk, engine)
+    camera = scene.camera(0)
+    error, usual = _error(renderer, model, plan.precision)
+    found = {"error": error, "autocast_error": usual}
+    if not error <= max(LEAST_TOLERANCE, 2 * usual):
+        return found | {"status": "wrong"}
+    for _ in range(2):
+        renderer.render(camera)
+    seconds = [renderer.render(camera).seconds for _ in range(plan.repeats)]
+    steps = step_times(renderer.model, scene) if isinstance(renderer.model, RayEngine) else None
+    return found | {
+        "seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds), "rays_at_once": renderer.chunk.rays,
+        "encode_seconds": renderer.encode_seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30, "steps": steps,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _error(renderer: Renderer, model: nn.Module, precision: str) -> tuple[float, float]:
+    """Relative errors (2-norm) of the colours of some rays against the float32 model without tf32: the renderer's, and autocast's."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    exact, cast = deepcopy(model).to(DEVICE), precision_context(DEVICE, precision)
+    sources = renderer.bank.select(renderer.bank.order(renderer.scene.camera(0).pose)[: model.sources])
+    every = camera_rays(renderer.scene.camera(0), *renderer.scene.depth_range, DEVICE)
+    chosen = torch.linspace(0, len(every.pixel) - 1, RAYS, device=DEVICE).long()
+    rays = Rays(*(part[chosen] for part in every[:3]), every.near, every.far)
+    with precision_context(DEVICE, renderer.precision):
+        found = renderer.model(rays, sources).rgb
+    with cast:
+        usual = exact(rays, sources).rgb
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    truth = exact(rays, sources).rgb
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    return tuple(float((one - truth).norm() / truth.norm()) for one in (found, usual))
+
+
+@torch.no_grad()
+def step_times(engine: RayEngine, scene: Scene) -> dict[str, float]:
+    """Microseconds of every step on one chunk, each alone, in the order of the program."""
+    program, launch = engine.program, engine.launch
+    target = _target(engine, scene, RAYS)
+    found = {"look_up": _alone(lambda: program.look_up.run(target, launch))}
+    x, geometry, q = program.look_up.run(target, launch)
+    rows = q.view(RAYS, -1, q.shape[-1])
+    for number, block in enumerate(program.blocks[:1] + program.blocks[-1:]):
+        name = ("first", "last")[number]
+        found[f"{name}.views"] = _alone(lambda block=block: block.views.run(q, x, geometry, launch))
+        if block.query is not None:
+            found[f"{name}.query"] = _alone(lambda block=block: block.query.run(q, target, launch))
+        found[f"{name}.ray"] = _alone(lambda block=block: block.ray.run(rows, launch))
+    found["weights"] = _alone(lambda: program.weights.run(rows, launch))
+    found["color"] = _alone(lambda: program.color.run(rows, launch))
+    return found
+
+
+def training_step(scene: Scene, plan: Plan, compile: bool, rays: int = 2048, samples: int = 64, steps: int = 20) -> float:
+    """Milliseconds of a step of GNT as it is trained: 2048 rays, 64 points, the feature net on every source, Adam. Median."""
+    torch.manual_seed(plan.seed)
+    model = GNT(GNTConfig(samples=samples, dropout=0.0)).to(DEVICE).train()
+    if compile:
+        for part in (model.net_coarse, model.feature_net):
+            part.compile()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    scenes, taken = [TrainingScene.of(scene, DEVICE)], []
+    for step in range(steps + 5):
+        begin = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        add_gradients(model, draw_batch(scenes, step, plan.seed, rays, model.sources, 0), step, plan.precision, None, rays)
+        optimizer.step()
+        _wait()
+        taken.append(time.perf_counter() - begin)
+    return median(taken[5:]) * 1e3
+
+
+def tune_tiles(model: nn.Module, scene: Scene, plan: Plan, show: Callable[[str], None]) -> dict[str, dict]:
+    """Try the tiles of the three widest kernels on one chunk and keep the fastest of each in the user's cache."""
+    engine = deploy_gnt(model.to(DEVICE), torch.bfloat16 if plan.precision == "bf16" else torch.float16)
+    target, device = _target(engine, scene, RAYS), torch.device(DEVICE)
+    program, launch = engine.program, engine.launch
+    x, geometry, q = program.look_up.run(target, launch)
+    block, c, rows = program.blocks[0], q.shape[-1], q.view(RAYS, -1, q.shape[-1])
+    feed = block.ray.feed.feed
+    experts = f"{feed.weight1.shape[0]}{feed.weight2.shape[0]}"
+    # Few, because every one is compiled first, in seconds that are lent.
+    trials = {
+        key(f"view_attention{experts}", len(x), c): (
+            lambda: block.views.run(q, x, geometry, launch),
+            [Tile(m, c, 64, warps, stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2)],
+        ),
+        key(f"ray_transformer{experts}", block.ray.form, c): (
+            lambda: block.ray.run(rows, launch),
+            [Tile(m, n, 64, warps, 1) for m, warps in ((32, 4), (64, 4), (64, 8)) for n in (2, 4)],
+        ),
+        key("view_lookup", c, program.feature_channels): (
+            lambda: program.look_up.run(target, launch),
+            [Tile(m, c, program.feature_channels, warps) for m, warps in ((32, 4), (64, 4), (128, 8))],
+        ),
+    }
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    best: dict[str, tuple[Tile, float]] = {}
+    for problem, (call, tiles) in trials.items():
+        for tile in tiles:
+            with trial(device, problem, tile):
+                try:
+                    taken = _alone(call)
+                except (OutOfResources, CompilationError) as error:
+                    show(f"{problem} {tile}: {str(error).splitlines()[0]}")
+                    continue
+            if problem not in best or taken < best[problem][1]:
+                best[problem] = (tile, taken)
+        if problem in best:
+            show(f"{problem}: {best[problem][0]} {best[problem][1]:.0f} µs")
+    save_tuned(device, {problem: tile for problem, (tile, _) in best.items()})
+    return {problem: asdict(tile) | {"us": taken} for problem, (tile, taken) in best.items()}
+
+
+def _wait() -> None:
+    torch.cuda.synchronize()
+
+
+def _alone(call: Callable[[], object], repeats: int = 10) -> float:
+    """Median microseconds of a call that fills the device."""
+    for _ in range(3):
+        call()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    _wait()
+    return median(before.elapsed_time(after) * 1e3 for before, after in zip(marks, marks[1:], strict=False))
+
+
+def _target(engine: RayEngine, scene: Scene, rays: int) -> Target:
+    engine.to(DEVICE)
+    bank = encode_bank(make_bank(scene, scene.train, DEVICE), engine)
+    every = camera_rays(scene.camera(0), *scene.depth_range, DEVICE)
+    near, far = scene.depth_range
+    depths = 1 / torch.linspace(1 / near, 1 / far, engine.samples, device=DEVICE)
+    views = engine.prepare(bank.select(bank.order(scene.camera(0).pose)[: engine.sources]))
+    return Target(every.origin[:rays].contiguous(), every.direction[:rays].contiguous(), depths, *views)
+
+
+def _model(row: str, plan: Plan) -> nn.Module:
+    torch.manual_seed(plan.seed)
+    model = GNT(GNTConfig(samples=plan.samples))
+    return (model if row == "gnt" else reparameterize(model, row)).eval()
+
+
+def _scene(plan: Plan) -> Scene:
+    """Noise seen by cameras on a small circle: what a forward-facing capture looks like to the kernels."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    count = 16
+    images = torch.randint(0, 256, (count, plan.height, plan.width, 3), dtype=torch.uint8, generator=generator)
+    angles = torch.arange(count, dtype=torch.float64) * (2 * torch.pi / count)
+    places = torch.stack([angles.cos(), 0.6 * angles.sin(), torch.zeros_like(angles)], dim=-1) * 0.3
+    target = torch.tensor([0.0, 0.0, -4.0], dtype=torch.float64).numpy()
+    up = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).numpy()
+    poses = torch.stack([look_at(place.numpy(), target, up) for place in places])
+    focal = 0.8 * plan.width
+    intrinsics = torch.tensor([[focal, 0, (plan.width - 1) / 2], [0, focal, (plan.height - 1) / 2], [0, 0, 1]], dtype=torch.float64)
+    scene = Scene(
+        "noise", tuple(f"{number:02d}" for number in range(count)), images, intrinsics.repeat(count, 1, 1), poses,
+        torch.tensor([[1.5, 12.0]], dtype=torch.float64).repeat(count, 1), every_eighth(count), torch.eye(4, dtype=torch.float64),
+    )  # fmt: skip
+    return normalise(scene)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("nvs_speed.json"))
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16"))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--no-tune", action="store_true")
+    given = parser.parse_args()
+    plan = Plan(precision=given.precision, minutes=given.minutes, samples=given.samples, tune=not given.no_tune)
+    bench_rendering(plan, lambda line: print(line, flush=True), lambda result: write_json(given.out, result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""View synthesis on a real GPU: kernels at the published sizes against their formulas, graphs, chunks, and memory that runs out."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import nvs_synthetic
+from ops_checks import error, poisoned_outputs
+
+from shiftaddvit.nvs.engine import deploy_gnt
+from shiftaddvit.nvs.engine.steps import Target
+from shiftaddvit.nvs.gnt import GNT, GNTConfig
+from shiftaddvit.nvs.render import make_renderer
+from shiftaddvit.nvs.rows import ROWS
+from shiftaddvit.nvs.scene import normalise
+from shiftaddvit.nvs.sources import Rays, camera_rays, encode_bank, make_bank
+from shiftaddvit.reparam import reparameterize
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Of a colour; a code or a route within rounding of its threshold may fall on either side."""
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return normalise(nvs_synthetic.make_scene(views=12, width=72, height=56))
+
+
+def lively(row, samples=192, **shape):
+    torch.manual_seed(0)
+    model = GNT(GNTConfig(samples=samples, sources=10, feature_base=16, dropout=0.0, **shape))
+    if row is not None:
+        reparameterize(model, row)
+    with torch.no_grad():
+        for name, parameter in model.net_coarse.named_parameters():
+            if parameter.dim() == 1 or "token_conv" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval().cuda()
+
+
+def question(model, scene, rays):
+    bank = encode_bank(make_bank(scene, scene.train, "cuda"), model)
+    every = camera_rays(scene.camera(0), *scene.depth_range, "cuda")
+    chosen = torch.linspace(0, len(every.pixel) - 1, rays).long()
+    picked = Rays(*(part[chosen.cuda()] for part in every[:3]), every.near, every.far)
+    return picked, bank.select(bank.order(scene.camera(0).pose)[: model.sources])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", [None, *ROWS])
+@torch.no_grad()
+def test_every_row_renders_what_the_model_renders(row, dtype, scene):
+    model = lively(row)
+    asked = question(model, scene, 77)
+    expected = model(*asked)
+    engine = deploy_gnt(model, dtype)
+    assert engine.program.unfused == ()
+    found = engine(*asked)
+    assert torch.isfinite(found.rgb).all() and error(found.rgb, expected.rgb) < TOLERANCE[dtype]
+    assert error(found.depth, expected.depth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", [None, "gnt-add-shift-moe"])
+@torch.no_grad()
+def test_kernels_equal_their_formulas_step_by_step(row, dtype, scene):
+    model = lively(row)
+    rays, sources = question(model, scene, 61)
+    fast, plain = deploy_gnt(model, dtype), deploy_gnt(model, dtype, backend="reference")
+    depths = torch.linspace(rays.near, rays.far, model.samples, device="cuda")
+    target = Target(rays.origin, rays.direction, depths, *fast.prepare(sources))
+    x, geometry, q = plain.program.look_up.run(target, plain.launch)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    with poisoned_outputs():
+        for mine, theirs in zip(fast.program.look_up.run(target, fast.launch), (x, geometry, q), strict=True):
+            assert error(mine, theirs) < bound
+        for one, other in zip(fast.program.blocks, plain.program.blocks, strict=True):
+            assert error(one.views.run(q, x, geometry, fast.launch), other.views.run(q, x, geometry, plain.launch)) < bound, one.views.attention.name
+            rows = q.view(61, model.samples, -1)
+            assert error(one.ray.run(rows, fast.launch), other.ray.run(rows, plain.launch)) < bound, one.ray.name
+            if one.query is not None:
+                assert error(one.query.run(q, target, fast.launch), other.query.run(q, target, plain.launch)) < bound, one.query.name
+
+
+@torch.no_grad()
+def test_replays_equal_the_first_run_and_follow_new_sources(scene):
+    model = lively("gnt-add-shift")
+    rays, sources = question(model, scene, 128)
+    engine = deploy_gnt(model, torch.bfloat16)
+    first = engine(rays, sources)
+    again = engine(rays, sources)
+    assert torch.equal(first.rgb, again.rgb) and torch.equal(first.depth, again.depth)
+    bank = encode_bank(make_bank(scene, scene.train, "cuda"), model)
+    others = bank.select(list(reversed(range(model.sources))))
+    assert torch.equal(engine(rays, others).rgb, deploy_gnt(model, torch.bfloat16)(rays, others).rgb)
+    assert torch.equal(engine(rays, sources).rgb, first.rgb)
+
+
+def test_the_picture_does_not_depend_on_the_chunk_or_the_engine(scene):
+    model = lively("gnt-add-shift-moe", 64)
+    plain = make_renderer(model, scene, "cuda", engine="plain").render(scene.camera(0))
+    for chunk in (1000, 4096):
+        fused = make_renderer(model, scene, "cuda", chunk=chunk, engine="fused").render(scene.camera(0))
+        assert torch.allclose(fused.rgb, plain.rgb, atol=2e-3) and torch.allclose(fused.depth, plain.depth, rtol=1e-2)
+
+
+def test_auto_takes_the_fused_engine_on_a_gpu(scene):
+    assert make_renderer(lively(None, 16), scene, "cuda", "bf16").engine == "fused, bf16, triton kernels, CUDA graph"
+
+
+def test_rendering_goes_on_with_half_the_chunk_when_memory_runs_out(scene):
+    model = lively(None, 64)
+    expected = make_renderer(model, scene, "cuda", chunk=256).render(scene.camera(0))
+    share = 3 * 2**30 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        renderer = make_renderer(model, scene, "cuda", chunk=1 << 16)
+        found = renderer.render(scene.camera(0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert renderer.chunk.rays < 1 << 16
+    assert torch.allclose(found.rgb, expected.rgb, atol=1e-4)
+
+
+@torch.no_grad()
+def test_published_size_fits_a_chunk(scene):
+    model = lively("gnt-add", depth=8)
+    asked = question(model, scene, 2048)
+    found = deploy_gnt(model, torch.bfloat16)(*asked)
+    assert found.rgb.shape == (2048, 3) and torch.isfinite(found.rgb).all()
