@@ -20,7 +20,7 @@ class AdderConfig:
     """How adder layers are normalised and trained."""
 
     norm: Literal["layer", "batch"] = "layer"
-    """Behind each adder: over the channels of a token, or AdderNet's batch norm of each channel."""
+    """Behind each adder: over the channels of a token, which takes away what all its sums have in common; or AdderNet's batch norm."""
     eta: float = 0.2
     """Length of a weight's gradient in units of √numel (AdderNet's adaptive learning rate); 0 leaves the gradient as it is."""
 
@@ -76,8 +76,9 @@ class AdderConv2d(Windowed, nn.Module):
 class NormedAdder(nn.Module):
     """An adder and the norm that must follow it: its sums are large, negative and nearly equal.
 
-    It starts from a dense layer's weight W and bias; the norm's scale starts from the lengths of W's rows, which is how much the dense
-    layer's outputs vary for white inputs, and its shift from the bias. With `enabled = False` it is the dense layer.
+    It starts from a dense layer's weight W and bias. For inputs larger than the weights −Σ|W − x| ≈ W sign(x) − ‖x‖₁, and the norm over
+    channels takes ‖x‖₁ away; its scale starts from the lengths of W's rows, which is how much the dense layer's outputs vary for white
+    inputs, and its shift from the bias. With `enabled = False` it is the dense layer.
     """
 
     def __init__(self, adder: AdderLinear | AdderConv2d, config: AdderConfig, bias: bool):
@@ -96,7 +97,8 @@ class NormedAdder(nn.Module):
         layer = cls(adder, config, dense.bias is not None).to(dense.weight.device).train(dense.training)
         with torch.no_grad():
             adder.weight.copy_(dense.weight)
-            layer.norm.weight.copy_(dense.weight.flatten(1).norm(dim=1))
+            lengths = dense.weight.flatten(1).norm(dim=1)
+            layer.norm.weight.copy_(lengths if config.norm == "batch" else lengths.square().mean().sqrt())
             if dense.bias is not None:
                 layer.norm.bias.copy_(dense.bias)
         return layer
@@ -119,3 +121,40 @@ class NormedAdder(nn.Module):
         """The dense layer with this layer's weight and shift."""
         weight, bias = self.adder.weight, self.norm.bias
         return self.adder.window.convolve(x, weight, bias) if self.picture else F.linear(x, weight, bias)
+
+
+class ShiftAdder(nn.Module):
+    """ShiftAddNet's cascade: a shift layer, then an adder over the channels that come out of it (one place at a time in a convolution).
+
+    The shift layer starts from the pre-trained weight. The adder starts from a diagonal c, the lengths of that weight's rows: behind the
+    norm −Σ|c − y| then is |y_o| − |y_o − c_o|, an increasing function of each channel. With `enabled = False` there is no adder.
+    """
+
+    def __init__(self, shift: ShiftLayer, adder: NormedAdder):
+        super().__init__()
+        self.shift, self.adder, self.enabled = shift, adder, True
+
+    @classmethod
+    def from_dense(
+        cls, dense: nn.Linear | nn.Conv2d, shift: ShiftConfig = ShiftConfig(), adder: AdderConfig = AdderConfig()
+    ) -> "ShiftAdder":
+        """The cascade that starts from a pre-trained linear layer or convolution."""
+        diagonal = torch.diag(dense.weight.detach().flatten(1).norm(dim=1))
+        if isinstance(dense, nn.Conv2d):
+            channels = dense.out_channels
+            second: nn.Linear | nn.Conv2d = nn.Conv2d(channels, channels, 1, bias=False, device=dense.weight.device)
+            first: ShiftLayer = ShiftConv2d.from_conv(dense, shift)
+        else:
+            second = nn.Linear(dense.out_features, dense.out_features, bias=False, device=dense.weight.device)
+            first = ShiftLinear.from_linear(dense, shift)
+        second.weight.data.copy_(diagonal.view_as(second.weight))
+        return cls(first, NormedAdder.from_dense(second.train(dense.training), adder)).train(dense.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shift(x)
+        return self.adder(y) if self.enabled else y
+
+
+def adder_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of every adder inside, whose gradients have a length of their own."""
+    return [module.weight for module in model.modules() if isinstance(module, (AdderLinear, AdderConv2d))]

@@ -13,7 +13,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import AngularAttention, merge_heads
 from shiftaddvit.reparam import Recipe, Report
 from shiftaddvit.reparam.recipe import as_recipe
-from shiftaddvit.reparam.surgery import _replace, _swap_linear
+from shiftaddvit.reparam.convert_layers import replace_module, swap_layer
 
 from .gnt import GNT
 from .gnt.transformer import FeedForward, RayAttention, ViewAttention
@@ -67,10 +67,10 @@ def reparameterize_gnt(model: GNT, recipe: Recipe | str) -> GNT:
         raise UserError(f"no attention or feed-forward matches the override pattern {lost[0]!r}; names look like {names[0]!r}")
     for name in names:
         here = recipe.at(name)
-        if here.attention not in ("keep", "linear") or here.add == "ksh" or here.moe.router == "mlp" or here.angular.shared_qk:
+        if here.attention not in ("keep", "linear") or here.add == "ksh" or here.moe.router == "mlp" or here.angular.shared_qk or here.rest != "mult":
             raise UserError(
-                f"{name}: GNT takes attention 'keep' or 'linear', add 'none' or 'quant', a router for each linear, and separate queries and "
-                f"keys; the recipe says attention = {here.attention!r}, add = {here.add!r}"
+                f"{name}: GNT takes attention 'keep' or 'linear', add 'none' or 'quant', a router for each linear, separate queries and "
+                f"keys, and rest 'mult'; the recipe says attention = {here.attention!r}, add = {here.add!r}, rest = {here.rest!r}"
             )
     report = Report()
     for name in names:
@@ -83,14 +83,14 @@ def _convert(model: GNT, name: str, recipe: Recipe, report: Report) -> None:
     module = model.get_submodule(name)
     if isinstance(module, FeedForward):
         for linear in ("fc1", "fc2"):
-            _swap_linear(model, f"{name}.{linear}", recipe.at(f"{name}.{linear}").mlp, recipe, report)
+            swap_layer(model, f"{name}.{linear}", recipe.at(f"{name}.{linear}").mlp, recipe, report)
         return
     linears = ("q_fc", "k_fc", "v_fc", "out_fc")
     if isinstance(module, RayAttention) and recipe.at(name).attention == "linear":
-        _replace(model, name, _angular(module, name, recipe.at(name), report))
+        replace_module(model, name, _angular(module, name, recipe.at(name), report))
         linears = ("qkv", "proj")
     for linear in linears:
-        _swap_linear(model, f"{name}.{linear}", recipe.at(f"{name}.{linear}").attn_linear, recipe, report)
+        swap_layer(model, f"{name}.{linear}", recipe.at(f"{name}.{linear}").attn_linear, recipe, report)
 
 
 def _angular(dense: RayAttention, name: str, recipe: Recipe, report: Report) -> RayAngularAttention:
