@@ -306,18 +306,30 @@ def test_performer_approaches_softmax_attention_as_features_grow():
     expected = F.scaled_dot_product_attention(q, k, v)
     errors = []
     for count in (100, 2000, 40000):
-        layer = PerformerAttention(nn.Identity(), nn.Identity(), 1, 16, PerformerConfig(count))
+        layer = PerformerAttention(nn.Identity(), nn.Identity(), 1, 16, PerformerConfig(count, epsilon=0.0))
         errors.append(((layer.attend(q, k, v) - expected).norm() / expected.norm()).item())
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.03, errors
 
 
-def test_performer_stays_finite_for_large_and_for_zero_queries():
-    layer = PerformerAttention(nn.Identity(), nn.Identity(), 1, 16)
+@pytest.mark.parametrize("epsilon", [0.0, 1e-4])
+def test_performer_stays_finite_for_large_and_for_zero_queries(epsilon):
+    layer = PerformerAttention(nn.Identity(), nn.Identity(), 1, 16, PerformerConfig(epsilon=epsilon))
     for scale in (0.0, 1e3, 1e6):
         parts = heads(1, 1, 9, 16, scale=scale)
         y = layer.attend(*parts)
         y.sum().backward()
         assert y.isfinite().all() and all(part.grad.isfinite().all() for part in parts), scale
+
+
+def test_published_constant_is_added_to_features_and_batch_mates_do_not_matter():
+    layer = PerformerAttention(nn.Identity(), nn.Identity(), 1, 16)
+    q, k, v = heads(2, 1, 9, 16)
+    x, y = q[:1].detach() * 0.5, k[:1].detach() * 0.5
+    seen, other = x @ layer.directions.t(), y @ layer.directions.t()
+    phi = torch.exp(seen - x.square().sum(-1, keepdim=True) / 2 - seen.amax(-1, keepdim=True)) + 1e-4
+    psi = torch.exp(other - y.square().sum(-1, keepdim=True) / 2 - other.amax()) + 1e-4
+    expected = phi @ (psi.transpose(-2, -1) @ v[:1]) / (phi @ psi.sum(-2).unsqueeze(-1))
+    close(layer.attend(q, k, v)[:1], expected)
 
 
 def test_random_features_are_orthogonal_seeded_by_layer_and_saved(tmp_path):

@@ -49,9 +49,7 @@ class AdderAttention(ProjectedAttention):
         self.config = config
         self.scores, self.average = AdderScores(), MatMul()
 
-    def attend(
-        self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
-    ) -> Float[Tensor, "B h N d"]:
+    def attend(self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]) -> Float[Tensor, "B h N d"]:
         with torch.autocast(v.device.type, enabled=False):
             q, k, values = q.float(), k.float(), v.float()
             rows = max(1, SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))

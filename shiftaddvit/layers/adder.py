@@ -135,9 +135,7 @@ class ShiftAdder(nn.Module):
         self.shift, self.adder, self.enabled = shift, adder, True
 
     @classmethod
-    def from_dense(
-        cls, dense: nn.Linear | nn.Conv2d, shift: ShiftConfig = ShiftConfig(), adder: AdderConfig = AdderConfig()
-    ) -> "ShiftAdder":
+    def from_dense(cls, dense: nn.Linear | nn.Conv2d, shift: ShiftConfig = ShiftConfig(), adder: AdderConfig = AdderConfig()) -> "ShiftAdder":
         """The cascade that starts from a pre-trained linear layer or convolution."""
         diagonal = torch.diag(dense.weight.detach().flatten(1).norm(dim=1))
         if isinstance(dense, nn.Conv2d):
