@@ -1,10 +1,10 @@
 """Pre-train a model on Tiny-ImageNet if need be, then fine-tune every row of its table: several at a time on each GPU.
 
     python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group forms --split dev --gpus 0
-    python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group main rest --split val --gpus 0 1
+    python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group main rest baselines --split val --gpus 0 1
 
 A row is done when OUT/RUN/result.json is there; the same command goes on with what is not. Every row starts from the same dense weights,
-sees the same batches in the same order for a seed, and trains as long as the dense control. Forms are compared on the dev split only.
+sees the same batches in the same order for a seed, and trains as long as the dense control: the baselines too. Forms are compared on the dev split only.
 On one H100 five rows of B0 at a time take about two minutes for 10 + 10 epochs (predicted from 36,000 images/s).
 """
 
@@ -54,7 +54,7 @@ REST = (
     "pvt-moe", "ecoformer", "ours-ksh-linear", "ours-ksh-add", "ours-ksh-add-shift", "ours-ksh-add-shift-moe", "ours-ksh-moe",
     "attn-shift-add", "mlp-shift", "mlp-moe",
 )  # fmt: skip
-BASELINES = ("deepshift-ps", "deepshift-q", "adder-attention", "shiftaddnet", "performer")
+BASELINES = ("shiftaddnet", "addernet", "adder-attention", "ecoformer", "performer", "deepshift-ps", "deepshift-q", "sra-linear")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def jobs(groups: list[str]) -> list[Job]:
         found += [Job(recipe, recipe) for recipe in REST]
     if "baselines" in groups:
         found += [Job(recipe, recipe) for recipe in BASELINES]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _set(settings: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_write
 from shiftaddvit.layers.hashing import KernelHash
 from shiftaddvit.layers.packed import is_packed, pack
-from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.layers.shift import ShiftLayer
 from shiftaddvit.model_card import ModelFacts, write_card
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.reparam.architecture import Architecture, dense_skeleton, rebuilt
@@ -55,7 +55,7 @@ class SaveReport:
 def round_dense(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
     """Round every float parameter and buffer that is not a shift layer's latent to values that `dtype` holds, in place. The model stays
     float32; its file is then half as large (`save` stores what fits in half precision there), and its logits those of the file."""
-    latents = {id(p) for module in model.modules() if isinstance(module, ShiftLinear) for p in module.latent_parameters()}
+    latents = {id(p) for module in model.modules() if isinstance(module, ShiftLayer) for p in module.latent_parameters()}
     hashing = {id(b) for module in model.modules() if isinstance(module, KernelHash) for b in module.buffers()}
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

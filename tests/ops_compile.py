@@ -210,6 +210,9 @@ def adder():
         x, w, g = meta(m, k, dtype=single), meta(n, k, dtype=single), meta(m, n, dtype=single)
         yield f"adder {m}x{k}x{n}", lambda x=x, w=w: kernels.distance(x, w)
         yield f"adder grad {m}x{k}x{n}", lambda x=x, w=w, g=g: kernels.grad_x(x, w, g)
+    q, g = meta(128, 2, 784, 32, dtype=single), meta(128, 2, 784, 784, dtype=single)
+    yield "adder scores 128x2x784x32", lambda: kernels.distance(q, q)
+    yield "adder scores grad 128x2x784x32", lambda: kernels.grad_x(q, q, g)
 
 
 def softmax_attention():

@@ -8,7 +8,7 @@ import torch
 from ops_checks import SIZES, error, poisoned_outputs
 
 from shiftaddvit.errors import UserError
-from shiftaddvit.ops.adder import adder_conv2d, adder_linear
+from shiftaddvit.ops.adder import adder_conv2d, adder_linear, adder_scores
 
 BACKENDS = ("reference", "triton")
 GOLDEN = Path(__file__).parent / "golden" / "adder2d.npz"
@@ -39,6 +39,21 @@ def test_output_is_minus_the_distance_and_gradients_follow_the_paper(tokens, bac
     assert error(ours[1].grad, (-difference * grad[..., None]).sum(0)) < 2e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", (1, 37))
+def test_scores_of_every_head_are_distances_with_clamped_gradients(queries, backend):
+    torch.manual_seed(queries)
+    q, k, grad = torch.randn(2, 3, queries, 5) * 2, torch.randn(2, 3, 18, 5), torch.randn(2, 3, queries, 18)
+    ours = [t.clone().requires_grad_() for t in (q, k)]
+    with poisoned_outputs():
+        scores = adder_scores(*ours, backend=backend)
+        scores.backward(grad)
+    difference = (k.unsqueeze(2) - q.unsqueeze(3)).double()  # (B, h, queries, keys, d)
+    assert error(scores, -difference.abs().sum(-1)) < 1e-6
+    assert error(ours[0].grad, (difference.clamp(-1, 1) * grad[..., None]).sum(3)) < 1e-6
+    assert error(ours[1].grad, (-difference.clamp(-1, 1) * grad[..., None]).sum(2)) < 1e-6
+
+
 def test_weight_gradient_has_the_length_eta_root_numel():
     x, weight = torch.randn(9, 8), torch.randn(5, 8, requires_grad=True)
     adder_linear(x, weight, eta=0.3).sum().backward()
@@ -53,8 +68,33 @@ def test_reference_gradient_is_the_same_in_slices(monkeypatch):
 
     x, weight, grad = torch.randn(50, 12), torch.randn(7, 12), torch.randn(50, 7)
     whole = reference.grad_x(x, weight, grad)
-    monkeypatch.setattr(reference, "SLICE", 200)
-    assert error(reference.grad_x(x, weight, grad), whole) < 1e-6
+    groups = [t.unsqueeze(0).expand(3, -1, -1) for t in (x, weight, grad)]
+    for size in (200, 10_000):
+        monkeypatch.setattr(reference, "SLICE", size)
+        assert error(reference.grad_x(x, weight, grad), whole) < 1e-6
+        assert error(reference.grad_x(*groups), whole.expand(3, -1, -1)) < 1e-6
+
+
+def test_no_difference_tensor_exists():
+    """200 × 100 × 300 differences would be 6 million numbers; forward and backward hold a small part of them at a time."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from shiftaddvit.ops.adder import reference
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.elements = max(self.elements, *(t.numel() for t in result) if isinstance(result, (tuple, list)) else [result.numel()])
+            return result
+
+    x, weight, grad = torch.randn(200, 300), torch.randn(100, 300), torch.randn(200, 100)
+    with Largest() as largest:
+        reference.distance(x, weight)
+        reference.grad_x(x, weight, grad)
+        reference.grad_weight(x, weight, grad, 0.2)
+    assert 0 < largest.elements <= 1 << 18
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -72,6 +112,8 @@ def test_opcheck_compile_and_export():
     x, weight = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
     torch.library.opcheck(torch.ops.shiftaddvit.adder.default, (x, weight, 0.2, "reference"))
     torch.library.opcheck(torch.ops.shiftaddvit.adder_grad_x.default, (x.detach(), weight.detach(), torch.randn(5, 4), "reference"))
+    heads = torch.randn(2, 1, 5, 3, requires_grad=True), torch.randn(2, 1, 4, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.shiftaddvit.adder_scores.default, (*heads, "reference"))
 
     class Adder(torch.nn.Module):
         def forward(self, x, weight):

@@ -13,8 +13,8 @@ from torch import nn
 import shiftaddvit
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers import (
-    AngularAttention, AngularConfig, BinaryConfig, HashConfig, KernelHash, MoEConfig, MoELinear, MoEMlp, ShiftConfig, ShiftLinear,
-    SoftmaxAttention,
+    AdderConv2d, AdderLinear, AngularAttention, AngularConfig, BinaryConfig, HashConfig, KernelHash, MoEConfig, MoELinear, MoEMlp,
+    NormedAdder, ProjectedAttention, ShiftAdder, ShiftConfig, ShiftConv2d, ShiftLayer, ShiftLinear, SoftmaxAttention,
 )  # fmt: skip
 from shiftaddvit.layers.moe import _Mixture
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
@@ -32,6 +32,8 @@ TABLE = [
     "msa", "pvt", "pvt-moe", "ecoformer", "ours-ksh-linear", "ours-ksh-add", "ours-ksh-add-shift", "ours-ksh-add-shift-moe",
     "ours-ksh-moe", "ours-quant-linear", "ours-quant-add", "ours-quant-shift", "ours-quant-moe", "attn-shift-add", "mlp-shift", "mlp-moe",
 ]  # fmt: skip
+BASELINES = ["ecoformer", "deepshift-ps", "deepshift-q", "addernet", "adder-attention", "shiftaddnet", "performer", "sra-linear"]
+PAIRS = [(name, family) for name in NAMES for family in FAMILIES if (name, family) != ("sra-linear", "vit")]
 
 
 def dense(family: str) -> nn.Module:
@@ -57,19 +59,18 @@ def converted(family: str, recipe: Recipe | str) -> nn.Module:
 def short_hash(name: str) -> Recipe:
     """The named recipe with few hash training steps, to be quick."""
     values = recipes[name].to_dict()
-    if "hash" in values or values.get("add") == "ksh" or values["attention"] == "ecoformer":
+    if "hash" in values or values.get("add") == "ksh" or values.get("attention") == "ecoformer":
         values["hash"] = {"steps": 2, "anchors": 6, "bits": 4}
     return Recipe.from_dict(values)
 
 
 def test_every_row_of_the_tables_is_a_named_recipe():
-    assert set(TABLE) <= set(recipes)
+    assert {*TABLE, *BASELINES} <= set(recipes)
     for name in recipes:
         assert recipes[name].name == name and recipes[name].description
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_recipe_converts_trains_saves_and_packs(name, family, tmp_path):
     model = converted(family, short_hash(name) if name not in ("pvt", "pvt-moe", "msa") else name)
     model.train()
@@ -95,17 +96,17 @@ def test_recipe_converts_trains_saves_and_packs(name, family, tmp_path):
 
 def switch_off(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, (ShiftLinear, _Mixture, AngularAttention)):
+        if isinstance(module, (ShiftLayer, NormedAdder, ShiftAdder, _Mixture, ProjectedAttention)):
             module.enabled = False
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "ksh" not in name and name != "ecoformer"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "family"), [(n, f) for n, f in PAIRS if "ksh" not in n and n not in ("ecoformer", "sra-linear")])
 def test_primitives_switched_off_give_back_the_dense_model(name, family):
     model = converted(family, name)
     # A pyramid's dense form is the one without spatial reduction, where the recipe removes it.
-    reference = dense(family) if recipes[name].attention == "keep" else reparameterize(dense(family), "msa")
+    msa = Recipe(attention="msa", last_stage_softmax=recipes[name].last_stage_softmax)
+    reference = dense(family) if recipes[name].attention == "keep" else reparameterize(dense(family), msa)
     torch.testing.assert_close(logits(switch_off(model)), logits(reference), rtol=1e-4, atol=1e-5)
 
 
@@ -180,7 +181,7 @@ def test_toml_round_trip(name, tmp_path):
     recipe = recipes[name]
     (tmp_path / "again.toml").write_text(recipe.to_toml())
     assert Recipe.from_toml(tmp_path / "again.toml") == recipe
-    assert reparameterize(dense("vit"), str(tmp_path / "again.toml")).shiftaddvit_recipe == recipe
+    assert reparameterize(dense("pvt_v2"), str(tmp_path / "again.toml")).shiftaddvit_recipe == recipe
 
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=20)
@@ -259,7 +260,7 @@ def test_missing_and_broken_recipe_files_are_named(tmp_path):
     ("values", "message"),
     [
         ({"mpl": "shift"}, "did you mean 'mlp'"),
-        ({"mlp": "add"}, "'mlp' must be one of mult, shift, moe, got 'add'"),
+        ({"mlp": "add"}, "'mlp' must be one of mult, shift, moe, adder, shift-add, got 'add'"),
         ({"add": "quant"}, "needs attention = 'linear'"),
         ({"shift": {"bit": 4}}, "did you mean 'bits'"),
         ({"shift": {"bits": 9}}, "bits must be from 2 to 6"),

@@ -27,10 +27,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe a
     if name is not None:
         typer.echo(shipped[name].to_toml(), nl=False)
         return
-    table = _table("recipe", "attention", "add", "attention linears", "MLP", "what it is")
+    table = _table("recipe", "attention", "add", "attention linears", "MLP", "rest", "what it is")
     for key in shipped:
         recipe = shipped[key]
-        table.add_row(key, recipe.attention, recipe.add, recipe.attn_linear, recipe.mlp, recipe.description)
+        table.add_row(key, recipe.attention, recipe.add, recipe.attn_linear, recipe.mlp, recipe.rest, recipe.description)
     _print(table)
 
 

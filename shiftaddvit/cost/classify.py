@@ -5,6 +5,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from shiftaddvit.baselines.adder_attention import AdderScores
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import MatAdd
 
@@ -47,9 +48,15 @@ def shape_only(module: nn.Module) -> Callable[..., Tensor] | None:
     def product(left: Tensor, right: Tensor) -> Tensor:
         return left.new_empty((*left.shape[:-1], right.shape[-1]))
 
+    def convolution(x: Tensor) -> Tensor:
+        sizes = zip(x.shape[2:], module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+        return x.new_empty((x.shape[0], module.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)))
+
     if hasattr(module, "in_features"):
         return linear
-    return product if isinstance(module, MatAdd) else None
+    if hasattr(module, "out_channels"):
+        return convolution
+    return product if isinstance(module, MatAdd | AdderScores) else None
 
 
 def operator(name: str, module: str, leaf: bool, args: tuple, results: Sequence[Tensor]) -> list[Operation] | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shiftaddvit.layers.attention import AngularAttention, merge_heads
+from shiftaddvit.layers.attention import ProjectedAttention, merge_heads
 from shiftaddvit.ops.layer_norm import layer_norm
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 from shiftaddvit.ops.softmax_attention import softmax_attention
@@ -100,19 +100,15 @@ class AngularStep:
     """As the layer has it."""
     proj: Projection
     """As the layer has it."""
-    core: AngularAttention
+    core: ProjectedAttention
     """A copy of the layer whose projections do nothing."""
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
         q, k, v = self.core.queries_keys_values(self.qkv.run(x, launch, self.norm).float())
-        if self.core.enabled:
-            output = self.core.mix(*self.core.encode(q, k), v)
-        else:
-            output = F.scaled_dot_product_attention(q, k, v)
-        return self.proj.run(merge_heads(output).to(x.dtype), launch, residual=x)
+        return self.proj.run(merge_heads(self.core.mixed(q, k, v)).to(x.dtype), launch, residual=x)
 
     def about(self) -> About:
-        products = self.core.key_value.primitive if self.core.enabled else "mult"
+        products = self.core.products if self.core.enabled else "mult"
         primitives = f"{self.qkv.primitive}, {products}, {self.proj.primitive}"
         ops = f"norm_linear + {type(self.core).__name__} + norm_linear"
         return About(ops, f"{self.tokens}×{self.proj.weight.shape[1]}", primitives, False)
@@ -194,7 +190,7 @@ class SoftmaxAttentionStep:
         return About(f"{before}{projections} + {attend} + norm_linear", f"{self.tokens}×{self.proj.weight.shape[1]}", primitives, fused)
 
 
-def bare(layer: AngularAttention, device: torch.device) -> AngularAttention:
+def bare(layer: ProjectedAttention, device: torch.device) -> ProjectedAttention:
     """A float32 copy of the layer in evaluation mode, its projections replaced by nothing."""
     kept = {name: child for name, child in layer._modules.items() if name in ("qkv", "proj")}
     memo = {id(child): nn.Identity() for child in kept.values()}

@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.layers.packed import PackedShiftLinear
+from shiftaddvit.layers.shift import ShiftLinear
 from shiftaddvit.ops.layer_norm import layer_norm
 
 from .program import About, Launch
-from .weights import Norm, Preparation
+from .weights import Norm, Preparation, matrix
 
 Pool = Literal["token", "avg", "max", "avgmax", "distilled"]
 
@@ -37,6 +39,8 @@ class HeadStep:
     """float32."""
     width: int
     """Channels of a token."""
+    primitive: str = "mult"
+    """What the head's products are."""
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B K"]:
         # Only the tokens that are read are normalised.
@@ -65,7 +69,7 @@ class HeadStep:
 
     def about(self) -> About:
         ops = " + ".join([*(["layer_norm"] if self.norm or self.pooled_norm else []), self.pool, "linear"])
-        return About(ops, f"{self.outputs}", "mult", self.fused)
+        return About(ops, f"{self.outputs}", self.primitive, self.fused)
 
     @property
     def outputs(self) -> int:
@@ -91,11 +95,18 @@ def lower_head(
             return HeadStep(name, norm, pool, first, pooled_norm, None, None, width)
         half = torch.eye(width) / 2
         return HeadStep(name, norm, pool, first, pooled_norm, prep.vector(torch.cat([half, half], dim=1)), None, width)
-    for part in (head, second) if second is not None else (head,):
-        if type(part) is not nn.Linear:
-            raise UserError(f"the engine cannot lower {name} ({type(part).__name__}): the classification head must be Linear")
-    weight, bias = head.weight.detach().float(), head.bias.detach().float() if head.bias is not None else None
+    weight, bias, primitive = _classifier(head, name)
     if second is not None:
-        weight = torch.cat([weight, second.weight.detach().float()], dim=1) / 2
-        bias = (bias + second.bias.detach().float()) / 2 if bias is not None else None
-    return HeadStep(name, norm, pool, first, pooled_norm, prep.vector(weight), prep.vector(bias), width)
+        other, other_bias, _ = _classifier(second, name)
+        weight = torch.cat([weight, other], dim=1) / 2
+        bias = (bias + other_bias) / 2 if bias is not None else None
+    return HeadStep(name, norm, pool, first, pooled_norm, prep.vector(weight), prep.vector(bias), width, primitive)
+
+
+def _classifier(head: nn.Module, name: str) -> tuple[Tensor, Tensor | None, str]:
+    if not isinstance(head, (nn.Linear, ShiftLinear, PackedShiftLinear)):
+        raise UserError(f"the engine cannot lower {name} ({type(head).__name__}): the classification head must be Linear or a shift layer")
+    weight, bias, rounds, primitive = matrix(head, name)
+    if rounds:
+        raise UserError(f"the engine cannot lower {name}: its inputs are rounded to fixed point; set shift.fixed_point = false or run the model")
+    return weight, bias, primitive

@@ -4,14 +4,17 @@ from timm.layers import Attention as TimmAttention
 from timm.models.pvt_v2 import Attention as PVTv2Attention
 from torch import Tensor, nn
 
+from shiftaddvit.baselines.adder_attention import AdderAttention
 from shiftaddvit.baselines.ecoformer import EcoformerAttention
+from shiftaddvit.baselines.performer import PerformerAttention
 from shiftaddvit.errors import UserError
-from shiftaddvit.layers.attention import AngularAttention, BinaryConfig, SoftmaxAttention
+from shiftaddvit.layers.attention import AngularAttention, BinaryConfig, ProjectedAttention, SoftmaxAttention
 from shiftaddvit.models.pvt_v1 import Attention as PVTv1Attention
 
+from .adder import AnyProjection, lower_projection
 from .attention import HEAD_WIDTHS, AngularStep, LinearAttentionStep, PooledStep, SoftmaxAttentionStep, bare
 from .embed import EmbedStep, lower_embed
-from .weights import Norm, Preparation, Projection, activation_of, joined, norm_of, projection
+from .weights import Norm, Preparation, activation_of, joined, norm_of
 
 AttentionStep = LinearAttentionStep | AngularStep | SoftmaxAttentionStep
 
@@ -23,7 +26,7 @@ def lower_attention(
     before = norm_of(norm, norm_name, prep)
     if before is None:
         raise UserError(f"the engine cannot lower {name}: no LayerNorm stands before it; run the model itself")
-    if type(module) in (AngularAttention, EcoformerAttention):
+    if type(module) in (AngularAttention, EcoformerAttention, PerformerAttention, AdderAttention):
         return lower_angular(module, before, name, tokens, prep, scale)
     if type(module) is SoftmaxAttention:
         return _plain(module, module.heads, before, name, tokens, prep, scale, None, None)
@@ -46,17 +49,17 @@ def _refuse_extras(module: TimmAttention, name: str) -> None:
 
 
 def _plain(module, heads, before: Norm, name, tokens, prep, scale, q_norm: Norm | None, k_norm: Norm | None) -> SoftmaxAttentionStep:
-    qkv, proj = projection(module.qkv, f"{name}.qkv", prep), projection(module.proj, f"{name}.proj", prep, scale)
+    qkv, proj = lower_projection(module.qkv, f"{name}.qkv", prep), lower_projection(module.proj, f"{name}.proj", prep, scale)
     return SoftmaxAttentionStep(name, tokens, heads, before, (qkv,), None, q_norm, k_norm, proj)
 
 
 def _reduced(module, before: Norm, name, grid, tokens, prep) -> SoftmaxAttentionStep:
-    q, kv = (projection(getattr(module, part), f"{name}.{part}", prep) for part in ("q", "kv"))
+    q, kv = (lower_projection(getattr(module, part), f"{name}.{part}", prep) for part in ("q", "kv"))
     reduction = _reduction(module, name, grid, prep)
     together = joined([q, kv]) if reduction is None else None
     sources = (together,) if together is not None else (q, kv)
     return SoftmaxAttentionStep(
-        name, tokens, module.num_heads, before, sources, reduction, None, None, projection(module.proj, f"{name}.proj", prep)
+        name, tokens, module.num_heads, before, sources, reduction, None, None, lower_projection(module.proj, f"{name}.proj", prep)
     )
 
 
@@ -72,12 +75,12 @@ def _reduction(module: nn.Module, name: str, grid: tuple[int, int], prep: Prepar
 
 
 def lower_angular(
-    module: AngularAttention, before: Norm, name: str, tokens: int, prep: Preparation, scale: Tensor | None = None
+    module: ProjectedAttention, before: Norm, name: str, tokens: int, prep: Preparation, scale: Tensor | None = None
 ) -> AngularStep | LinearAttentionStep:
-    """The step of linear attention behind its norm."""
-    if module.hash is not None and not bool(module.hash.calibrated):
+    """The step of attention between two projections, linear or not, behind its norm."""
+    if isinstance(module, AngularAttention) and module.hash is not None and not bool(module.hash.calibrated):
         raise UserError(f"{name}: the hash functions are not trained yet: call shiftaddvit.calibrate(model, images) before deploy")
-    qkv, proj = projection(module.qkv, f"{name}.qkv", prep), projection(module.proj, f"{name}.proj", prep, scale)
+    qkv, proj = lower_projection(module.qkv, f"{name}.qkv", prep), lower_projection(module.proj, f"{name}.proj", prep, scale)
     if not _kernels_take(module, qkv, proj):
         return AngularStep(name, tokens, before, qkv, proj, bare(module, prep.device))
     config, add = module.config, module.add
@@ -91,8 +94,10 @@ def lower_angular(
     )  # fmt: skip
 
 
-def _kernels_take(module: AngularAttention, qkv: Projection, proj: Projection) -> bool:
+def _kernels_take(module: ProjectedAttention, qkv: AnyProjection, proj: AnyProjection) -> bool:
     """Whether `attention_encode` and `attention_mix` compute the same function as the module."""
+    if not isinstance(module, AngularAttention):
+        return False
     config, add = module.config, module.add
     codes = add is None or (isinstance(add, BinaryConfig) and add.threshold in ("token", "zero"))
     plain = isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity)

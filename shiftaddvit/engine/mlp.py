@@ -14,8 +14,9 @@ from shiftaddvit.layers.moe import MoEMlp
 from shiftaddvit.ops.fused_mlp import conv_linear, norm_linear
 from shiftaddvit.ops.moe_linear import moe_linear
 
+from .adder import lower_projection
 from .program import About, Launch
-from .weights import Activation, Norm, Preparation, Projection, activate, activation_of, norm_of, projection, routed
+from .weights import Activation, Norm, Preparation, Projection, activate, activation_of, convolution, norm_of, routed
 
 CLOSING_NORM_WIDTH = 128
 """Outputs up to which the norm that closes a stage is taken into its last kernel: one program must then hold whole rows."""
@@ -43,6 +44,8 @@ class ConvMlpStep:
     """After the convolution."""
     fc2: Projection
     """Back."""
+    conv_primitive: str = "mult"
+    """What the convolution's products are."""
     closing: Norm | None = None
     """LayerNorm of the result."""
 
@@ -78,7 +81,7 @@ class ConvMlpStep:
         second = "conv_linear" if self.fused else "conv2d + activation + linear"
         ops = f"{'norm_linear' if self.fc1.fusable else 'norm + linear'} + {'relu + ' if self.relu else ''}{second}"
         fused = self.fused and self.fc1.fusable and not self.relu
-        return About(ops, f"{self.grid[0] * self.grid[1]}×{self.fc2.weight.shape[1]}", _both(self.fc1, self.fc2), fused)
+        return About(ops, f"{self.grid[0] * self.grid[1]}×{self.fc2.weight.shape[1]}", _all(self.fc1.primitive, self.conv_primitive, self.fc2.primitive), fused)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class MlpStep:
     def about(self) -> About:
         fused = self.fc1.fusable and self.fc2.fusable and self.activation in ("gelu", "none")
         ops = "norm_linear + norm_linear" if fused else "norm + linear + activation + linear"
-        return About(ops, f"{self.tokens}×{self.fc2.weight.shape[1]}", _both(self.fc1, self.fc2), fused)
+        return About(ops, f"{self.tokens}×{self.fc2.weight.shape[1]}", _all(self.fc1.primitive, self.fc2.primitive), fused)
 
 
 @dataclass(frozen=True)
@@ -168,16 +171,16 @@ def lower_mlp(
         raise UserError(f"the engine cannot lower {name}: no LayerNorm stands before it; run the model itself")
     if type(module) is MlpWithDepthwiseConv:
         conv = module.dwconv
-        taps = conv.weight.detach().flatten(1).t()  # (9, hidden)
+        weight, bias, primitive = convolution(conv, f"{name}.dwconv", "an ordinary or a shift convolution")
         return ConvMlpStep(
-            name, before, projection(module.fc1, f"{name}.fc1", prep), isinstance(module.relu, nn.ReLU), grid,
-            prep.matrix(taps, f"{name}.dwconv"), prep.vector(conv.bias), activation_of(module.act, f"{name}.act"),
-            projection(module.fc2, f"{name}.fc2", prep, scale),
+            name, before, lower_projection(module.fc1, f"{name}.fc1", prep), isinstance(module.relu, nn.ReLU), grid,
+            prep.matrix(weight.flatten(1).t(), f"{name}.dwconv"), prep.vector(bias), activation_of(module.act, f"{name}.act"),
+            lower_projection(module.fc2, f"{name}.fc2", prep, scale), primitive,
         )  # fmt: skip
     if type(module) is Mlp:
         return MlpStep(
-            name, tokens, before, projection(module.fc1, f"{name}.fc1", prep), activation_of(module.act, f"{name}.act"),
-            norm_of(module.norm, f"{name}.norm", prep), projection(module.fc2, f"{name}.fc2", prep, scale),
+            name, tokens, before, lower_projection(module.fc1, f"{name}.fc1", prep), activation_of(module.act, f"{name}.act"),
+            norm_of(module.norm, f"{name}.norm", prep), lower_projection(module.fc2, f"{name}.fc2", prep, scale),
         )  # fmt: skip
     if isinstance(module, MoEMlp):
         if not module.enabled:
@@ -216,5 +219,6 @@ def with_closing_norm(step: ConvMlpStep, norm: Norm) -> ConvMlpStep | None:
     return replace(step, closing=norm)
 
 
-def _both(first: Projection, second: Projection) -> str:
-    return first.primitive if first.primitive == second.primitive else f"{first.primitive}, {second.primitive}"
+def _all(*primitives: str) -> str:
+    """Each once, in order."""
+    return ", ".join(dict.fromkeys(primitives))

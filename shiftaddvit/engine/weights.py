@@ -12,9 +12,10 @@ from timm.layers import LayerNormFp32
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.layers.adder import NormedAdder, ShiftAdder
 from shiftaddvit.layers.moe import MoELinear
-from shiftaddvit.layers.packed import PackedShiftLinear
-from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.layers.packed import PackedShiftConv2d, PackedShiftLinear
+from shiftaddvit.layers.shift import ShiftConv2d, ShiftLinear
 from shiftaddvit.numerics import fixed_point
 from shiftaddvit.ops.fused_mlp import norm_linear
 from shiftaddvit.ops.matshift import formats
@@ -173,10 +174,10 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 def projection(module: nn.Module, name: str, prep: Preparation, scale: Tensor | None = None) -> Projection:
     """Prepare a linear-like layer; `scale` (out,) multiplies its output (LayerScale). UserError for a layer of another kind."""
     if isinstance(module, MoELinear) and module.enabled:
-        parts = [_matrix(expert, f"{name}.experts.{i}") for i, expert in enumerate(module.experts)]
+        parts = [matrix(expert, f"{name}.experts.{i}") for i, expert in enumerate(module.experts)]
         router, gate = prep.vector(module.router.weight), module.router.gate == "paper"
     else:
-        parts, router, gate = [_matrix(module.experts[0] if isinstance(module, MoELinear) else module, name)], None, False
+        parts, router, gate = [matrix(module.experts[0] if isinstance(module, MoELinear) else module, name)], None, False
     weights, biases, rounds, primitives = zip(*parts, strict=True)
     weight, bias = torch.stack(weights), torch.stack(biases) if biases[0] is not None else None
     if scale is not None:
@@ -193,8 +194,12 @@ def joined(parts: list[Projection]) -> Projection | None:
     return Projection(torch.cat([p.weight for p in parts], dim=1), bias, None, False, (False,), ("+".join(primitives),))
 
 
-def _matrix(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool, str]:
-    """Weight and bias in float32, whether inputs are rounded to fixed point, and the primitive."""
+def matrix(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool, str]:
+    """Weight and bias in float32, whether inputs are rounded to fixed point, and the primitive. UserError for a layer that is no matrix."""
+    if isinstance(module, ShiftAdder) and not module.enabled:
+        return matrix(module.shift, f"{name}.shift")
+    if isinstance(module, NormedAdder) and not module.enabled and not module.picture:
+        return module.adder.weight.detach().float(), module.norm.bias.detach().float(), False, "mult"
     bias = module.bias.detach().float() if getattr(module, "bias", None) is not None else None
     if isinstance(module, PackedShiftLinear):
         weight, rounds = formats.decode(module.integer_codes(), module.bits, module.offset, torch.float32), module.config.fixed_point
@@ -208,6 +213,19 @@ def _matrix(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool, 
             "run the model itself, or convert this layer with another recipe"
         )
     return weight, fixed_point(bias) if rounds and bias is not None else bias, rounds, "shift"
+
+
+def convolution(module: nn.Module, name: str, form: str) -> tuple[Tensor, Tensor | None, str]:
+    """Weight and bias of a convolution in float32, and its primitive. UserError for one that is not `form` (in words), or rounds its inputs."""
+    if type(module) is nn.Conv2d:
+        primitive = "mult"
+    elif isinstance(module, (ShiftConv2d, PackedShiftConv2d)):
+        primitive = "shift"
+        if module.config.fixed_point:
+            raise UserError(f"the engine cannot lower {name}: its inputs are rounded to fixed point; set shift.fixed_point = false or run the model")
+    else:
+        raise UserError(f"the engine cannot lower {name} ({type(module).__name__}): it takes {form}; run the model itself")
+    return module.weight.detach().float(), module.bias.detach().float() if module.bias is not None else None, primitive
 
 
 def norm_of(module: nn.Module | None, name: str, prep: Preparation) -> Norm | None:

@@ -116,11 +116,70 @@ class SoftmaxAttention(nn.Module):
         return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
-class AngularAttention(nn.Module):
+class ProjectedAttention(nn.Module):
+    """Attention that a subclass defines by `attend`, between the pre-trained projections: one to queries, keys and values, one of the
+    merged heads. `enabled = False` gives softmax attention over the same queries, keys and values.
+    """
+
+    shared_qk = False
+    """Whether `qkv` makes 2·C channels, one projection for queries and keys and one for values, instead of 3·C."""
+
+    def __init__(
+        self,
+        qkv: nn.Module,
+        proj: nn.Module,
+        heads: int,
+        head_dim: int,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.heads, self.head_dim, self.enabled = heads, head_dim, True
+        self.qkv, self.proj = qkv, proj
+        self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N C"],
+        feat_size: Sequence[int] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "B N C"]:
+        if attn_mask is not None or is_causal:
+            raise ValueError(f"{type(self).__name__} has no mask: attn_mask must be None and is_causal False")
+        q, k, v = self.queries_keys_values(x)
+        return self.proj(merge_heads(self.mixed(q, k, v)).to(x.dtype))
+
+    def queries_keys_values(self, x: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of (B, h, N, d); with a shared projection q is k."""
+        if self.shared_qk:
+            qk, v = split_heads(self.qkv(x), self.heads, 2)
+            qk = self.q_norm(qk)
+            return qk, qk, v
+        q, k, v = split_heads(self.qkv(x), self.heads, 3)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B h N d"]:
+        """The attention in use."""
+        return self.attend(q, k, v) if self.enabled else F.scaled_dot_product_attention(q, k, v)
+
+    def attend(
+        self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
+    ) -> Float[Tensor, "B h N d"]:
+        """The attention output before the heads are merged."""
+        raise NotImplementedError
+
+    @property
+    def products(self) -> str:
+        """What the products inside are, for tables."""
+        return "mult"
+
+
+class AngularAttention(ProjectedAttention):
     """Linear attention with the angular kernel, float (`add=None`), binary (`BinaryConfig`) or hashed (`HashConfig`).
 
-    `qkv` makes 3·C channels, or 2·C (shared queries and keys, then values) for hashing and `shared_qk`. `enabled = False` gives softmax attention over
-    the same queries, keys and values. The first `prefix_tokens` tokens are class or distillation tokens, which have no place in the raster.
+    Queries and keys share a projection with hashing and `shared_qk`. The first `prefix_tokens` tokens are class or distillation tokens,
+    which have no place in the raster.
     """
 
     def __init__(
@@ -135,41 +194,28 @@ class AngularAttention(nn.Module):
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
     ):
-        super().__init__()
-        self.heads, self.head_dim, self.add, self.config, self.prefix_tokens = heads, head_dim, add, config, prefix_tokens
-        self.enabled = True
-        self.qkv, self.proj = qkv, proj
-        self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
+        super().__init__(qkv, proj, heads, head_dim, q_norm, k_norm)
+        self.add, self.config, self.prefix_tokens = add, config, prefix_tokens
         self.hash = KernelHash(heads, head_dim, add) if isinstance(add, HashConfig) else None
         self.key_value = MatAdd() if add is not None else MatMul()
         self.query_context = MatAdd() if add is not None else MatMul()
         self.token_conv = TokenConv(heads, config.token_conv) if config.token_conv else None
 
-    def forward(
-        self,
-        x: Float[Tensor, "B N C"],
-        feat_size: Sequence[int] | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Float[Tensor, "B N C"]:
-        if attn_mask is not None or is_causal:
-            raise ValueError("linear attention has no mask: attn_mask must be None and is_causal False")
-        q, k, v = self.queries_keys_values(x)
-        if not self.enabled:
-            return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+    @property
+    def shared_qk(self) -> bool:
+        return self.hash is not None or self.config.shared_qk
+
+    @property
+    def products(self) -> str:
+        return self.key_value.primitive
+
+    def attend(
+        self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
+    ) -> Float[Tensor, "B h N d"]:
         output = self.mix(*self.encode(q, k), v)
         if self.training and self.config.sparse_threshold:
             output = output + self._sparse(q, k, v).to(output.dtype)
-        return self.proj(merge_heads(output).to(x.dtype))
-
-    def queries_keys_values(self, x: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of (B, h, N, d); with hashing q is k."""
-        if self.hash is not None or self.config.shared_qk:
-            qk, v = split_heads(self.qkv(x), self.heads, 2)
-            qk = self.q_norm(qk)
-            return qk, qk, v
-        q, k, v = split_heads(self.qkv(x), self.heads, 3)
-        return self.q_norm(q), self.k_norm(k), v
+        return output
 
     def encode(self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"]) -> tuple[Tensor, Tensor]:
         """Unit-length queries and keys, or their codes."""

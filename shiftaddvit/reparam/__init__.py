@@ -2,6 +2,7 @@
 
 from .calibrate import calibrate
 from .recipe import Recipe, recipes
-from .surgery import Report, reparameterize
+from .report import Report
+from .surgery import reparameterize
 
 __all__ = ["Recipe", "Report", "calibrate", "recipes", "reparameterize"]

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from shiftaddvit.layers.adder import AdderConv2d, AdderLinear
 from shiftaddvit.layers.attention import TokenConv
 from shiftaddvit.layers.router import Router
-from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.layers.shift import ShiftLayer
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class NoWeightDecay:
 
 
 def undecayed(model: nn.Module) -> set[str]:
-    """Names of exponents, signs, quantised latents, routers and token convolutions: decay would pull |W| = 2^s to 1 and signs to 0."""
+    """Names of exponents, signs, quantised latents, routers, token convolutions and adders: decay would pull |W| = 2^s to 1, signs
+    to 0, and the channels of an adder to one and the same −Σ|x|."""
     names = set()
     for name, module in model.named_modules():
-        if isinstance(module, ShiftLinear):
+        if isinstance(module, ShiftLayer):
             ours = {id(parameter) for parameter in module.latent_parameters()}
-        elif isinstance(module, (Router, TokenConv)):
+        elif isinstance(module, (Router, TokenConv, AdderLinear, AdderConv2d)):
             ours = {id(parameter) for parameter in module.parameters()}
         else:
             continue

@@ -8,24 +8,25 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from shiftaddvit.baselines.adder_attention import AdderAttentionConfig
+from shiftaddvit.baselines.performer import PerformerConfig
 from shiftaddvit.errors import UserError, unknown
+from shiftaddvit.layers.adder import AdderConfig
 from shiftaddvit.layers.attention import AngularConfig, BinaryConfig
 from shiftaddvit.layers.hashing import HashConfig
 from shiftaddvit.layers.moe import MoEConfig
 from shiftaddvit.layers.shift import ShiftConfig
 
-Attention = Literal["keep", "msa", "linear", "ecoformer"]
+Attention = Literal["keep", "msa", "linear", "ecoformer", "performer", "adder", "sra-linear"]
 Add = Literal["none", "quant", "ksh"]
-Linear = Literal["mult", "shift", "moe"]
+Linear = Literal["mult", "shift", "moe", "adder", "shift-add"]
+Rest = Literal["mult", "shift", "adder", "shift-add"]
 
-_COLUMNS = {
-    "attention": ("keep", "msa", "linear", "ecoformer"),
-    "add": ("none", "quant", "ksh"),
-    "attn_linear": ("mult", "shift", "moe"),
-    "mlp": ("mult", "shift", "moe"),
-}
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "attention": get_args(Attention), "add": get_args(Add), "attn_linear": get_args(Linear), "mlp": get_args(Linear), "rest": get_args(Rest),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class Recipe:
     """Which primitive replaces what. Everything defaults to the model as it is."""
 
     attention: Attention = "keep"
-    """`keep` the model's own · `msa` softmax attention without spatial reduction · `linear` angular linear · `ecoformer` hashed linear."""
+    """`keep` the model's own · `msa` softmax attention without spatial reduction · `linear` angular linear · `ecoformer` hashed linear ·
+    `performer` linear by random features · `adder` softmax of L1 distances · `sra-linear` a pyramid's keys and values pooled to 7×7."""
     add: Add = "none"
     """Queries and keys of linear attention as floats (`none`), thresholded codes (`quant`) or learned hash codes (`ksh`)."""
     attn_linear: Linear = "mult"
-    """The linear layers of attention: multiplications, shifts, or a mixture of both."""
+    """The linear layers of attention: multiplications, shifts, a mixture of both (`moe`), adders, or shifts with adders behind them."""
     mlp: Linear = "mult"
     """The linear layers of the MLPs, likewise."""
+    rest: Rest = "mult"
+    """Every other linear layer and convolution: patch embeddings, spatial reduction, depthwise convolutions, heads. Adders have no
+    groups, so a depthwise convolution stays as it is under `adder`, and has no adder behind its shift under `shift-add`."""
+    keep_ends: bool = False
+    """Leave the convolution that sees the pixels and the classification heads as they are, whatever `rest` says."""
     last_stage_softmax: bool = True
     """Leave the attention of a pyramid's last stage as it is (its linears still follow `attn_linear`)."""
     shift: ShiftConfig = field(default_factory=ShiftConfig)
@@ -52,6 +59,12 @@ class Recipe:
     """The form of linear attention."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """The experts and their gate."""
+    adder: AdderConfig = field(default_factory=AdderConfig)
+    """How adder layers are normalised and trained."""
+    adder_attention: AdderAttentionConfig = field(default_factory=AdderAttentionConfig)
+    """The form of `attention = "adder"`."""
+    performer: PerformerConfig = field(default_factory=PerformerConfig)
+    """The random features of `attention = "performer"`."""
     overrides: tuple[tuple[str, Mapping[str, str]], ...] = ()
     """(glob on module names, {column: value}) pairs; a later one wins. `*` crosses dots: `stages.0.*` is all of stage 0."""
     name: str = ""

@@ -1,5 +1,5 @@
-"""Where attention and MLP linears live in each family of models: the only place that knows. A new family is one new entry here, or, for
-models of this package that the core may not import, a method `attention_site(name) -> AttentionSite` of its attention modules."""
+"""Where attention, MLPs and all other layers live in each family of models: the only place that knows. A new family is one new entry here,
+or, for models of this package that the core may not import, a method `attention_site(name) -> AttentionSite` of its attention modules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +50,37 @@ class MlpSite:
     """Whether something between the linears (a depthwise convolution) looks at other tokens."""
     linears: tuple[str, ...] = ("fc1", "fc2")
     """Names of its linear layers, relative to the module."""
+
+
+@dataclass(frozen=True)
+class RestSite:
+    """A linear layer or convolution that belongs to neither attention nor MLP linears."""
+
+    name: str
+    """Module name in the model."""
+    module: nn.Module
+    """The module itself."""
+    end: bool
+    """Whether it sees the pixels or makes the logits."""
+
+
+def find_rest(model: nn.Module, attentions: list[AttentionSite], mlps: list[MlpSite]) -> list[RestSite]:
+    """Every linear layer and convolution that the sites do not name, in the order of the model's modules. Parts of an attention whose
+    weight is used directly, rather than called, are none of them."""
+    taken = {f"{site.name}.{linear}" for site in (*attentions, *mlps) for linear in site.linears}
+    inside = tuple(f"{site.name}." for site in attentions)
+    heads = set(map(id, _classifiers(model)))
+    found: list[RestSite] = []
+    for name, module in model.named_modules():
+        called = isinstance(module, nn.Conv2d) or (type(module) is nn.Linear and not name.startswith(inside))
+        if called and name not in taken:
+            found.append(RestSite(name, module, not found or id(module) in heads))
+    return found
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    return list(heads) if isinstance(heads, (tuple, list)) else [heads]
 
 
 def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[MlpSite]]:

@@ -5,11 +5,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from shiftaddvit.layers.adder import NormedAdder, ShiftAdder
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
-from shiftaddvit.layers.shift import ShiftLinear
+from shiftaddvit.layers.shift import ShiftConv2d, ShiftLayer
+from shiftaddvit.layers.window import Window
 
+from .convert_layers import convert_linears
 from .recipe import Recipe
-from .surgery import Report, convert_linears
+from .report import Report
 
 
 def attention_only(recipe: Recipe) -> Recipe:
@@ -18,7 +21,7 @@ def attention_only(recipe: Recipe) -> Recipe:
         (pattern, {column: value for column, value in change.items() if column in ("attention", "add")})
         for pattern, change in recipe.overrides
     )
-    return replace(recipe, attn_linear="mult", mlp="mult", overrides=tuple(entry for entry in overrides if entry[1]))
+    return replace(recipe, attn_linear="mult", mlp="mult", rest="mult", overrides=tuple(entry for entry in overrides if entry[1]))
 
 
 def converts_attention(model: nn.Module) -> bool:
@@ -28,16 +31,16 @@ def converts_attention(model: nn.Module) -> bool:
 
 
 def converts_linears(model: nn.Module) -> bool:
-    """Whether the recipe changes any linear layer, so that a second stage has something to train; true in the first stage too."""
+    """Whether the recipe changes any linear layer or convolution, so that a second stage has something to train; true in the first stage too."""
     recipe = model.shiftaddvit_recipe
-    columns = [recipe.attn_linear, recipe.mlp]
-    columns += [change[column] for _, change in recipe.overrides for column in ("attn_linear", "mlp") if column in change]
+    columns = [recipe.attn_linear, recipe.mlp, recipe.rest]
+    columns += [change[column] for _, change in recipe.overrides for column in ("attn_linear", "mlp", "rest") if column in change]
     return any(column != "mult" for column in columns)
 
 
 def to_attention_stage(model: nn.Module) -> nn.Module:
-    """Put every converted linear back to the dense linear it holds: its latent weights, or its first expert. What the shift experts
-    learned is lost, so this is the start of a run, not a step back in one."""
+    """Put every converted layer back to the dense one it holds: its latent weights, or its first expert. What shift experts and adders
+    behind a shift learned is lost, so this is the start of a run, not a step back in one."""
     for name, child in model.named_children():
         dense = _dense(child)
         if dense is not None:
@@ -57,12 +60,25 @@ def _dense(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (MoELinear, MoEMlp)):
         first = module.experts[0]
         return _dense(first) or to_attention_stage(first)
-    if not isinstance(module, ShiftLinear):
+    if isinstance(module, ShiftAdder):
+        return _dense(module.shift)
+    if isinstance(module, NormedAdder):
+        weight, bias = module.adder.weight, module.norm.bias if module.bias else None
+        window = module.adder.window if module.picture else None
+    elif isinstance(module, ShiftLayer):
+        weight, bias, window = module.dense_weight(), module.bias, module.window if isinstance(module, ShiftConv2d) else None
+    else:
         return None
-    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-    linear = linear.to(next(module.parameters()).device)
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias is not None) if window is None else _convolution(window, bias is not None)
+    dense = dense.to(weight.device)
     with torch.no_grad():
-        linear.weight.copy_(module.dense_weight())
-        if module.bias is not None:
-            linear.bias.copy_(module.bias)
-    return linear.train(module.training)
+        dense.weight.copy_(weight)
+        if bias is not None:
+            dense.bias.copy_(bias)
+    return dense.train(module.training)
+
+
+def _convolution(window: Window, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(
+        window.in_channels, window.out_channels, window.kernel_size, window.stride, window.padding, window.dilation, window.groups, bias
+    )

@@ -1,42 +1,22 @@
 """Swapping the primitives of a pre-trained model, its weights inherited exactly."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
+from timm.models.pvt_v2 import Attention as SpatialReductionAttention
 from torch import nn
 
+from shiftaddvit.baselines.adder_attention import AdderAttention
 from shiftaddvit.baselines.ecoformer import EcoformerAttention
+from shiftaddvit.baselines.performer import PerformerAttention
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import SoftmaxAttention
-from shiftaddvit.layers.moe import MoELinear, MoEMlp
-from shiftaddvit.layers.shift import ShiftLinear
 
+from .convert_layers import convert_linears, replace_module
 from .decay import tell_timm
 from .recipe import Recipe, as_recipe
-from .sites import AttentionSite, MlpSite, find_sites
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of every part that the recipe touched. Parts not listed are unchanged."""
-
-    used: list[tuple[str, str]] = field(default_factory=list)
-    """(pre-trained key or module, where its values are now)."""
-    made: list[tuple[str, str]] = field(default_factory=list)
-    """(new parameter or module, how it starts)."""
-    dropped: list[tuple[str, str]] = field(default_factory=list)
-    """(pre-trained key or module, why it is gone)."""
-    left: list[tuple[str, str]] = field(default_factory=list)
-    """(linear layer besides the classifier that no recipe reaches, why): it goes on multiplying."""
-
-    def __str__(self) -> str:
-        parts = []
-        for title, rows, arrow in (("used", self.used, "→"), ("made", self.made, "·"), ("dropped", self.dropped, "·"), ("left", self.left, "·")):
-            if rows or title != "left":
-                parts.append(f"{title}: {len(rows)}")
-            parts += [f"  {a} {arrow} {b}" for a, b in rows]
-        return "\n".join(parts)
+from .report import Report
+from .sites import AttentionSite, MlpSite, find_rest, find_sites
 
 
 def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
@@ -51,9 +31,12 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
     if hasattr(model, "shiftaddvit_recipe"):
         raise UserError(f"the model is already converted (recipe {model.shiftaddvit_recipe.name!r}); start from the dense model")
     attentions, mlps = find_sites(model)
-    lost = recipe.unmatched(_linear_names(attentions, mlps, recipe))
+    names = _linear_names(attentions, mlps, recipe)
+    if recipe.rest != "mult" or any("rest" in change for _, change in recipe.overrides):
+        names += [site.name for site in find_rest(model, attentions, mlps)]
+    lost = recipe.unmatched(names)
     if lost:
-        raise UserError(f"no attention or MLP matches the override pattern {lost[0]!r}; names look like {[*attentions, *mlps][0].name!r}")
+        raise UserError(f"no attention or MLP{' or other layer' if recipe.rest != 'mult' else ''} matches the override pattern {lost[0]!r}; names look like {[*attentions, *mlps][0].name!r}")
     report = Report()
     # Everything is checked before anything changes.
     _check_asked(model, attentions, mlps, recipe)
@@ -114,6 +97,8 @@ def _linear_names(attentions: list[AttentionSite], mlps: list[MlpSite], recipe: 
 def _stays(site: AttentionSite, recipe: Recipe) -> bool:
     if recipe.attention == "keep" or site.subtracts or (site.last_stage and recipe.last_stage_softmax):
         return True
+    if recipe.attention == "sra-linear":
+        return getattr(site.module, "pool", None) is not None
     # A plain transformer's attention already is MSA.
     return recipe.attention == "msa" and site.kind != "sra"
 
@@ -124,11 +109,14 @@ def _check_attention(site: AttentionSite, recipe: Recipe) -> None:
     if codes != here.add and here.attention != "linear":
         raise UserError(f"an override sets add = {codes!r} for {site.name}: it needs attention = 'linear' there, not {here.attention!r}")
     hashed = here.attention == "ecoformer" or here.add == "ksh"
-    if site.kind == "split" and not _stays(site, here) and (hashed or here.angular.shared_qk):
+    if site.kind == "split" and not _stays(site, here) and (here.attention != "linear" or hashed or here.angular.shared_qk):
         raise UserError(
             f"{site.name} ({type(site.module).__name__}) takes attention 'keep' or 'linear' with add 'none' or 'quant', and separate queries "
             f"and keys; the recipe says attention = {here.attention!r}, add = {here.add!r}, angular.shared_qk = {here.angular.shared_qk}"
         )
+    if here.attention == "sra-linear" and not _stays(site, here) and (site.kind != "sra" or site.prefix_tokens):
+        why = "it has a class token" if site.kind == "sra" else "it is no attention with spatial reduction"
+        raise UserError(f"{site.name} ({type(site.module).__name__}) cannot take attention = 'sra-linear': {why}; pyramids (PVT) take it")
     if site.obstacle and not _stays(site, here):
         raise UserError(
             f"{site.name} ({type(site.module).__name__}) cannot take attention = {here.attention!r} because of {site.obstacle}; "
@@ -144,18 +132,7 @@ def _check_mlp(site: MlpSite, recipe: Recipe) -> None:
 def _convert_attention(model: nn.Module, site: AttentionSite, recipe: Recipe, report: Report) -> None:
     here = recipe.at(site.name)
     if not _stays(site, here):
-        _replace(model, site.name, _rebuild(site, here, report))
-
-
-def convert_linears(model: nn.Module, recipe: Recipe, report: Report) -> None:
-    """Swap the linears of every attention and MLP as `recipe` says, each starting from the dense weight it has now."""
-    attentions, mlps = find_sites(model)
-    for site in attentions:
-        for linear in site.linears:
-            name = f"{site.name}.{linear}"
-            _swap_linear(model, name, recipe.at(name).attn_linear, recipe, report)
-    for site in mlps:
-        _convert_mlp(model, site, recipe, report)
+        replace_module(model, site.name, _rebuild(site, here, report))
 
 
 def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
@@ -163,7 +140,8 @@ def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
     if site.kind == "split":
         return _rebuild_split(site, recipe, report)
     heads = dense.num_heads
-    head_dim = dense.proj.in_features // heads
+    if recipe.attention == "sra-linear":
+        return _pooled(site, report)
     shared = recipe.attention == "ecoformer" or (
         recipe.attention == "linear" and (recipe.add == "ksh" or recipe.angular.shared_qk)
     )
@@ -175,17 +153,7 @@ def _rebuild(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Module:
         if shared and k_norm is not None and not isinstance(k_norm, nn.Identity):
             report.dropped.append((f"{name}.k_norm", "queries and keys share one projection and its norm"))
             k_norm = None
-        add = {"none": None, "quant": recipe.binary, "ksh": recipe.hash}[recipe.add]
-        if recipe.attention == "ecoformer":
-            attention = EcoformerAttention(qkv, dense.proj, heads, head_dim, recipe.hash, q_norm)
-        else:
-            attention = site.linear_form(
-                qkv, dense.proj, heads, head_dim, add, recipe.angular, site.prefix_tokens, q_norm, k_norm
-            )
-        if attention.token_conv is not None:
-            report.made.append((f"{name}.token_conv.weight", "zeros"))
-        if attention.hash is not None:
-            report.made.append((f"{name}.hash", "uncalibrated: shiftaddvit.calibrate fills it"))
+        attention = _core(site, recipe, qkv, q_norm, k_norm, report)
     report.used.append((f"{name}.proj", f"{name}.proj"))
     for child in ("sr", "norm"):
         if site.kind == "sra" and getattr(dense, child, None) is not None:
@@ -214,6 +182,50 @@ def _rebuild_split(site: AttentionSite, recipe: Recipe, report: Report) -> nn.Mo
     return attention.to(weight.device).train(dense.training)
 
 
+def _core(
+    site: AttentionSite, recipe: Recipe, qkv: nn.Linear, q_norm: nn.Module | None, k_norm: nn.Module | None, report: Report
+) -> nn.Module:
+    """The attention between its projections, as the recipe names it."""
+    dense, name = site.module, site.name
+    projections = (qkv, dense.proj, dense.num_heads, dense.proj.in_features // dense.num_heads)
+    if recipe.attention == "performer":
+        report.made.append((f"{name}.directions", f"orthogonal random features, seed {recipe.performer.seed}"))
+        return PerformerAttention(*projections, recipe.performer, crc32(name.encode()), q_norm, k_norm)
+    if recipe.attention == "adder":
+        return AdderAttention(*projections, recipe.adder_attention, q_norm, k_norm)
+    if recipe.attention == "ecoformer":
+        attention: nn.Module = EcoformerAttention(*projections, recipe.hash, q_norm)
+    else:
+        add = {"none": None, "quant": recipe.binary, "ksh": recipe.hash}[recipe.add]
+        attention = site.linear_form(*projections, add, recipe.angular, site.prefix_tokens, q_norm, k_norm)
+    if attention.token_conv is not None:
+        report.made.append((f"{name}.token_conv.weight", "zeros"))
+    if attention.hash is not None:
+        report.made.append((f"{name}.hash", "uncalibrated: shiftaddvit.calibrate fills it"))
+    return attention
+
+
+def _pooled(site: AttentionSite, report: Report) -> nn.Module:
+    """PVTv2's linear spatial reduction: the picture pooled to 7×7 before its keys and values. The 1×1 convolution starts from the sums
+    over the old one's windows, which is the same function of a picture that is constant over each window."""
+    dense, name = site.module, site.name
+    attention = SpatialReductionAttention(dense.q.in_features, dense.num_heads, linear_attn=True, qkv_bias=dense.q.bias is not None,
+                                          attn_drop=dense.attn_drop.p, proj_drop=dense.proj_drop.p)  # fmt: skip
+    attention.q, attention.kv, attention.proj = dense.q, dense.kv, dense.proj
+    report.used.extend((f"{name}.{part}", f"{name}.{part}") for part in ("q", "kv", "proj"))
+    with torch.no_grad():
+        if dense.sr is None:
+            attention.sr.weight.copy_(torch.eye(dense.q.in_features)[:, :, None, None])
+            attention.sr.bias.zero_()
+            report.made.extend(((f"{name}.sr", "the identity"), (f"{name}.norm", "scale one, shift zero")))
+        else:
+            attention.sr.weight.copy_(dense.sr.weight.sum((2, 3), keepdim=True))
+            attention.sr.bias.copy_(dense.sr.bias)
+            attention.norm.load_state_dict(dense.norm.state_dict())
+            report.used.extend(((f"{name}.sr", f"{name}.sr, summed over its window"), (f"{name}.norm", f"{name}.norm")))
+    return attention.to(dense.proj.weight.device).train(dense.training)
+
+
 def _fused_qkv(site: AttentionSite, shared: bool, report: Report) -> nn.Linear:
     """One linear whose rows are [q; k; v], or [q; v] when queries and keys are shared."""
     dense, name = site.module, site.name
@@ -237,44 +249,3 @@ def _fused_qkv(site: AttentionSite, shared: bool, report: Report) -> nn.Linear:
     if bias is not None:
         fused.bias.data = bias.clone()
     return fused
-
-
-def _convert_mlp(model: nn.Module, site: MlpSite, recipe: Recipe, report: Report) -> None:
-    here = recipe.at(site.name)
-    if here.mlp == "moe" and here.moe.router == "mlp":
-        to_shift = _mlp_to_shift(here)
-        _replace(model, site.name, MoEMlp.from_mlp(site.module, to_shift, here.moe))
-        report.used.append((site.name, f"{site.name}.experts.*"))
-        report.made.append((f"{site.name}.router.weight", "normal, standard deviation 1/√dim"))
-        return
-    for linear in site.linears:
-        name = f"{site.name}.{linear}"
-        _swap_linear(model, name, recipe.at(name).mlp, recipe, report)
-
-
-def _mlp_to_shift(recipe: Recipe) -> Callable[[nn.Module], nn.Module]:
-    def to_shift(mlp: nn.Module) -> nn.Module:
-        mlp.fc1 = ShiftLinear.from_linear(mlp.fc1, recipe.shift)
-        mlp.fc2 = ShiftLinear.from_linear(mlp.fc2, recipe.shift)
-        return mlp
-
-    return to_shift
-
-
-def _swap_linear(model: nn.Module, name: str, primitive: str, recipe: Recipe, report: Report) -> None:
-    linear = model.get_submodule(name)
-    if primitive == "mult":
-        return
-    if primitive == "shift":
-        _replace(model, name, ShiftLinear.from_linear(linear, recipe.shift))
-        latents = "shift and sign" if recipe.shift.variant == "ps" else "latent"
-        report.used.append((f"{name}.weight", f"{name}, as {latents}"))
-        return
-    _replace(model, name, MoELinear.from_linear(linear, recipe.moe, recipe.shift))
-    report.used.append((f"{name}.weight", f"{name}.experts.* ({', '.join(recipe.moe.experts)})"))
-    report.made.append((f"{name}.router.weight", "normal, standard deviation 1/√dim"))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, child, module)

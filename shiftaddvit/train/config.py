@@ -47,8 +47,10 @@ class FinetuneConfig:
     """On matrices only: never on biases, norms, routers, token convolutions, exponents and signs."""
     shift_lr_scale: float = 10.0
     """Learning rate of DeepShift-PS exponents and signs relative to `lr`: they live in log2 units."""
+    adder_lr_scale: float = 1.0
+    """Learning rate of adder weights relative to `lr`."""
     clip_grad: float | None = 1.0
-    """Largest gradient norm; None leaves it."""
+    """Largest gradient norm, adder weights left out; None leaves it."""
     label_smoothing: float = 0.1
     """For targets that are class indices; soft targets (mixup) carry their own."""
     balance_weight: float = 0.01

@@ -21,7 +21,7 @@ from .config import FinetuneConfig, StageConfig
 from .guard import NotFinite, first_broken_layer
 from .interrupt import Interrupted, deferred_interrupt
 from .latency import expert_costs
-from .optim import make_optimizer
+from .optim import clipped_parameters, make_optimizer
 from .progress import TrainingProgress
 
 
@@ -78,7 +78,7 @@ def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Mod
     scale = _total_batch(run) / 512
     device = accelerator.device
     optimizer = make_optimizer(
-        run.model, config.optimizer, stage.lr * scale, config.weight_decay, config.shift_lr_scale, device.type == "cuda"
+        run.model, config.optimizer, stage.lr * scale, config.weight_decay, config.shift_lr_scale, device.type == "cuda", config.adder_lr_scale
     )
     schedule = CosineLRScheduler(
         optimizer, t_initial=stage.epochs * steps, lr_min=stage.min_lr * scale,
@@ -110,6 +110,7 @@ class _Loop:
         self.run_, self.model, self.optimizer, self.schedule, self.ema, self.routing = run, model, optimizer, schedule, ema, routing
         self.steps = steps
         self.costs = expert_costs(run.model)
+        self.clipped = clipped_parameters(run.model)
         self.losses: list[Tensor] = []
         self.first_loss_step = 0
         self.mean_loss = math.nan
@@ -191,7 +192,7 @@ class _Loop:
             self.check(images)
         run.accelerator.backward(loss)
         if config.clip_grad is not None:
-            norm = run.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            norm = run.accelerator.clip_grad_norm_(self.clipped, config.clip_grad)
             self.skip_if_broken(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -48,6 +48,16 @@ def adder_conv2d(
     return y.transpose(1, 2).reshape(batch, weight.shape[0], rows, columns)
 
 
+def adder_scores(
+    q: Float[Tensor, "B h M d"], k: Float[Tensor, "B h N d"], backend: Backend = "auto"
+) -> Float[Tensor, "B h M N"]:
+    """−Σ_d |q_i − k_j|: the scores of adder attention. Both operands are activations, so both get the clamped gradient."""
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.dtype != k.dtype:
+        raise UserError(f"q and k must be (B, h, tokens, d) of one dtype, got {tuple(q.shape)} {q.dtype} and {tuple(k.shape)} {k.dtype}")
+    same_device(q=q, k=k)
+    return torch.ops.shiftaddvit.adder_scores(q.contiguous(), k.contiguous(), backend)
+
+
 @torch.library.custom_op(
     "shiftaddvit::adder", mutates_args=(), schema="(Tensor x, Tensor weight, float eta, str backend) -> Tensor"
 )
@@ -93,3 +103,33 @@ def _backward(ctx, grad):
 
 
 _adder.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("shiftaddvit::adder_scores", mutates_args=(), schema="(Tensor q, Tensor k, str backend) -> Tensor")
+def _adder_scores(q, k, backend):
+    if choose_backend(backend, q) == "triton":
+        from . import triton as kernels
+
+        return kernels.distance(q, k)
+    return reference.distance(q, k)
+
+
+@_adder_scores.register_fake
+def _(q, k, backend):
+    return q.new_empty(*q.shape[:-1], k.shape[-2])
+
+
+def _setup_scores(ctx, inputs, output):
+    q, k, ctx.backend = inputs
+    ctx.save_for_backward(q, k)
+
+
+def _backward_scores(ctx, grad):
+    q, k = ctx.saved_tensors
+    op = torch.ops.shiftaddvit.adder_grad_x
+    grad_q = op(q, k, grad.contiguous(), ctx.backend) if ctx.needs_input_grad[0] else None
+    grad_k = op(k, q, grad.transpose(-2, -1).contiguous(), ctx.backend) if ctx.needs_input_grad[1] else None
+    return grad_q, grad_k, None
+
+
+_adder_scores.register_autograd(_backward_scores, setup_context=_setup_scores)

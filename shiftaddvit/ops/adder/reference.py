@@ -4,29 +4,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SLICE = 1 << 22
-"""Elements of the difference tensor that exist at a time."""
+SLICE = 1 << 18
+"""Elements of the difference tensor that exist at a time: few enough for a core's cache."""
 
 
-def distance(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+def distance(x: Float[Tensor, "*G M K"], weight: Float[Tensor, "*G N K"]) -> Float[Tensor, "*G M N"]:
     """−Σ_k |W − X| for every pair of rows. `cdist` walks the pairs without storing their differences."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], weight.shape[0])
+    if x.shape[-1] == 0:
+        return x.new_zeros(*x.shape[:-1], weight.shape[-2])
     return -torch.cdist(x.to(wide), weight.to(wide), p=1.0).to(x.dtype)
 
 
 def grad_x(
-    x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"], grad: Float[Tensor, "M N"]
-) -> Float[Tensor, "M K"]:
-    """Σ_n clamp(W − X, −1, 1) · grad, a slice of rows at a time."""
+    x: Float[Tensor, "*G M K"], weight: Float[Tensor, "*G N K"], grad: Float[Tensor, "*G M N"]
+) -> Float[Tensor, "*G M K"]:
+    """Σ_n clamp(W − X, −1, 1) · grad, a slice of rows at a time, or of whole groups where these are small."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = max(1, SLICE // max(weight.numel(), 1))
+    m, k = x.shape[-2:]
+    n = weight.shape[-2]
+    x3, w3, g3 = (t.to(wide).reshape(-1, *t.shape[-2:]) for t in (x, weight, grad))
+    if x3.numel() == 0 or n == 0:
+        return torch.zeros_like(x)
+    groups, rows = max(1, SLICE // (m * n * k)), max(1, SLICE // (n * k))
     parts = []
-    for a, g in zip(x.to(wide).split(rows), grad.to(wide).split(rows), strict=True):
-        difference = (weight.to(wide).unsqueeze(0) - a.unsqueeze(1)).clamp_(-1, 1)  # (rows, N, K)
-        parts.append(torch.einsum("mnk,mn->mk", difference, g))
-    return torch.cat(parts).to(x.dtype) if parts else torch.zeros_like(x)
+    for a, w, g in zip(x3.split(groups), w3.split(groups), g3.split(groups), strict=True):
+        slices = []
+        for a_rows, g_rows in zip(a.split(rows, 1), g.split(rows, 1), strict=True):
+            difference = (w.unsqueeze(1) - a_rows.unsqueeze(2)).clamp_(-1, 1)  # (groups, rows, N, K)
+            slices.append((g_rows.unsqueeze(2) @ difference).squeeze(2))
+        parts.append(torch.cat(slices, 1))
+    return torch.cat(parts).reshape(x.shape).to(x.dtype)
 
 
 def grad_weight(

@@ -1,5 +1,7 @@
 """Adder products on the GPU: sums of absolute differences in registers; nothing of size M·N·K exists."""
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -10,10 +12,15 @@ from ..tiling import Tile, fill, next_power
 
 @triton.jit
 def distance_kernel(x, w, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr):
-    """out[m, n] = −Σ_k |w[k, n] − x[k, m]| from x (K, M) and w (K, N): both operands of a step are contiguous vectors."""
+    """out[g, m, n] = −Σ_k |w[g, k, n] − x[g, k, m]| from x (G, K, M) and w (G, K, N): both operands of a step are contiguous vectors."""
     tiles_n = tl.cdiv(N, BN)
-    m = (tl.program_id(0) // tiles_n) * BM + tl.arange(0, BM)
-    n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
+    tiles = tl.cdiv(M, BM) * tiles_n
+    group, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    x += group * K * M
+    w += group * K * N
+    out += group * M * N
+    m = (tile // tiles_n) * BM + tl.arange(0, BM)
+    n = (tile % tiles_n) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.float32)
     left, top = x + m, w + n
     for k in tl.range(0, K, UNROLL, num_stages=1):
@@ -31,10 +38,16 @@ def distance_kernel(x, w, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, UNRO
 
 @triton.jit
 def grad_x_kernel(x, w, grad, out, M, N, K, BM: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr):
-    """out[m, k] = Σ_n clamp(w[n, k] − x[m, k], −1, 1) · grad[n, m] from x (M, K), w (N, K) and grad (N, M)."""
+    """out[g, m, k] = Σ_n clamp(w[g, n, k] − x[g, m, k], −1, 1) · grad[g, n, m] from x (G, M, K), w (G, N, K) and grad (G, N, M)."""
     tiles_k = tl.cdiv(K, BK)
-    m = (tl.program_id(0) // tiles_k) * BM + tl.arange(0, BM)
-    k = (tl.program_id(0) % tiles_k) * BK + tl.arange(0, BK)
+    tiles = tl.cdiv(M, BM) * tiles_k
+    group, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    x += group * M * K
+    w += group * N * K
+    grad += group * N * M
+    out += group * M * K
+    m = (tile // tiles_k) * BM + tl.arange(0, BM)
+    k = (tile % tiles_k) * BK + tl.arange(0, BK)
     inside = (m[:, None] < M) & (k[None, :] < K)
     where = m[:, None].to(tl.int64) * K + k[None, :]
     here = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
@@ -56,25 +69,27 @@ def grad_x_kernel(x, w, grad, out, M, N, K, BM: tl.constexpr, BK: tl.constexpr, 
 
 
 def distance(x: Tensor, weight: Tensor) -> Tensor:
-    """x (M, K), weight (N, K) → (M, N)."""
-    (m, k), n = x.shape, weight.shape[0]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    """x (*G, M, K), weight (*G, N, K) → (*G, M, N)."""
+    (*groups, m, k), n = x.shape, weight.shape[-2]
+    out = torch.empty(*groups, m, n, dtype=x.dtype, device=x.device)
     if out.numel():
         tile = _tile(m, n, x.device)
-        distance_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
-            x.t().contiguous(), weight.t().contiguous(), out, m, n, k, BM=tile.m, BN=tile.n, UNROLL=4, num_warps=tile.warps
-        )
+        grid = (prod(groups) * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+        left, top = x.transpose(-2, -1).contiguous(), weight.transpose(-2, -1).contiguous()
+        distance_kernel[grid](left, top, out, m, n, k, BM=tile.m, BN=tile.n, UNROLL=4, num_warps=tile.warps)
     return out
 
 
 def grad_x(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    """grad (M, N) of the distance → gradient of x (M, K), with the difference in place of its sign, clamped."""
-    (m, k), n = x.shape, weight.shape[0]
-    out = torch.empty(m, k, dtype=x.dtype, device=x.device)
+    """grad (*G, M, N) of the distance → gradient of x (*G, M, K), with the difference in place of its sign, clamped."""
+    (*groups, m, k), n = x.shape, weight.shape[-2]
+    out = torch.empty(*groups, m, k, dtype=x.dtype, device=x.device)
     if out.numel():
         tile = _tile(m, k, x.device)
-        grad_x_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(k, tile.n),)](
-            x, weight, grad.t().contiguous(), out, m, n, k, BM=tile.m, BK=tile.n, UNROLL=4, num_warps=tile.warps
+        grid = (prod(groups) * triton.cdiv(m, tile.m) * triton.cdiv(k, tile.n),)
+        side = grad.transpose(-2, -1).contiguous()
+        grad_x_kernel[grid](
+            x.contiguous(), weight.contiguous(), side, out, m, n, k, BM=tile.m, BK=tile.n, UNROLL=4, num_warps=tile.warps
         )
     return out
 
