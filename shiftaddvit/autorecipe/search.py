@@ -99,13 +99,16 @@ def search(
     goal = _goal(limits, damage, minimise)
     if damages is None and loader is None:
         raise UserError("the search needs a loader to measure sensitivities on, or damages measured before")
+    mine = identity(model)
     if damages is not None:
-        identity(model).check(damages.identity, "the sensitivity table")
+        mine.check(damages.identity, "the sensitivity table")
         if settings is not None and settings_of(settings) != settings_of(damages.settings):
             raise UserError("the sensitivity table was made with other settings of the primitives: leave settings out, or measure it again")
     settings = settings_of(settings if settings is not None else damages.settings if damages is not None else Recipe())
     options = options_of(model, primitives, settings)
-    example = next(iter(loader))[0] if loader is not None else None
+    example = next((images for images, _ in loader), None) if loader is not None else None
+    if loader is not None and example is None:
+        raise UserError("the loader gave no image to search on")
     size = image_size or (tuple(example.shape[-2:]) if example is not None else None)
     # What needs no images goes first: a table that does not fit is refused before minutes are spent.
     tables = [energy_table(model, options, settings, energy, shift_share, size)]
@@ -114,7 +117,7 @@ def search(
         images = _images(example, batch, size, model)
         latencies = latency_table(model, options, images, settings, device or next(model.parameters()).device)
     if latencies is not None:
-        identity(model).check_layers(latencies.identity, "the latency table")
+        mine.check_layers(latencies.identity, "the latency table")
         tables.append(latencies)
     if damages is None:
         damages = sensitivity(
