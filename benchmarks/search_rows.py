@@ -20,6 +20,7 @@ from shiftaddvit.autorecipe.costs import read_json
 from shiftaddvit.autorecipe.options import SEARCHED, changes
 from shiftaddvit.conditions import conditions
 from shiftaddvit.cost.estimate import model_energy
+from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation import Evaluation, compare
 from shiftaddvit.evaluation.sensitivity import Sensitivity, sensitivity
 from shiftaddvit.files import atomic_write, write_json
@@ -127,7 +128,10 @@ def _alias(rows: list, found: Any) -> str:
 def _finetuned(setup: Setup, out: Path, name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
     path = out / f"{name}-s{seed}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        kept = read_json(path)
+        if kept["recipe"] != json.loads(json.dumps(recipe.to_dict())):
+            raise UserError(f"{path} is of another recipe than the one to compare: give another folder")
+        return kept
     torch.manual_seed(seed)
     model = setup.dense().to(setup.device)
     # A recipe that changes nothing is the control: the dense model, trained for as long.

@@ -74,8 +74,8 @@ class Additivity:
     """Sums, by quantity."""
     measured: dict[str, list[float]]
     """The same networks as a whole."""
-    rank_correlation: dict[str, float]
-    """Spearman's, by quantity."""
+    rank_correlation: dict[str, float | None]
+    """Spearman's, by quantity; None where all values are equal."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -86,8 +86,6 @@ def additivity(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], menu: Menu, sensitivity: Sensitivity, *, count: int = 30, seed: int = 0, **more: Any
 ) -> Additivity:
     """Compare sums with measurements over `count` random choices, from few sites changed to all. `more` goes to `measure_together`."""
-    from scipy.stats import spearmanr
-
     rng = np.random.default_rng(seed)
     picks = []
     for _ in range(count):
@@ -96,4 +94,12 @@ def additivity(
     joints = measure_together(model, loader, [menu.choice(p) for p in picks], sensitivity, **more)
     predicted = {quantity: [menu.total(quantity, p) for p in picks] for quantity in DAMAGES}
     measured = {quantity: [getattr(joint, quantity) for joint in joints] for quantity in DAMAGES}
-    return Additivity(predicted, measured, {q: float(spearmanr(predicted[q], measured[q]).statistic) for q in DAMAGES})
+    return Additivity(predicted, measured, {q: _rank_correlation(predicted[q], measured[q]) for q in DAMAGES})
+
+
+def _rank_correlation(first: list[float], second: list[float]) -> float | None:
+    from scipy.stats import spearmanr
+
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(spearmanr(first, second).statistic)

@@ -17,7 +17,7 @@ def front_figure(found: Found, path: str | Path) -> list[Path]:
     returns both. UserError without matplotlib."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    axis.plot(*_xy(found, found.front), color=_FRONT, marker="o", markersize=3.5, linewidth=1, drawstyle="steps-post", label="front")
+    axis.plot(*_xy(found, found.front), color=_FRONT, marker="o", markersize=3.5, linewidth=1, drawstyle="steps-pre", label="front")
     # Recipes of one position share a label.
     labels: dict[tuple[float, float], list[str]] = {}
     for name, point in (*found.rows.items(), ("dense", found.dense)):
