@@ -30,6 +30,7 @@ _HOMES = {
     "reparameterize": "reparam",
     "round_dense": "serialization",
     "save": "serialization",
+    "search": "autorecipe",
     "sensitivity": "evaluation.sensitivity",
 }
 

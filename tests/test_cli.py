@@ -84,7 +84,7 @@ def test_help_loads_nothing_heavy():
     code += "print('HEAVY', sorted({'torch', 'timm', 'accelerate', 'numpy.linalg', 'pyarrow'} & set(sys.modules)))"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in outcome.stdout
-    for command in ("quickstart", "convert", "finetune", "pretrain", "evaluate", "sensitivity", "energy", "recipes", "models", "nvs"):
+    for command in ("quickstart", "convert", "finetune", "pretrain", "evaluate", "sensitivity", "search", "energy", "recipes", "models", "nvs"):
         assert command in outcome.stdout
 
 
@@ -208,6 +208,27 @@ def test_sensitivity_has_a_row_for_every_layer_and_all_together(dense, data):
     assert found["dense"]["images"] == 6
 
 
+def test_search_writes_a_recipe_that_convert_takes_and_tables_for_the_next_search(tmp_path, dense, data):
+    few = ("--primitive", "attn-shift", "--primitive", "mlp-shift", "--points", 5)
+    outcome = run("search", dense, data, "--budget", "energy=0.9", "-o", tmp_path / "a", *few, "--images", 6, "--workers", 0)
+    assert "energy ≤ 0.9 of dense" in outcome.stdout and "measured as a whole" in outcome.stdout
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"recipe.toml", "search.json", "sensitivity.json", "front.svg", "front.png"}
+    found = json.loads((tmp_path / "a" / "search.json").read_text())
+    assert found["met"] and found["split"] == "train" and found["found"]["totals"]["energy"] <= 0.9 * found["dense"]["totals"]["energy"]
+    run("convert", dense, "--recipe", tmp_path / "a" / "recipe.toml", "-o", tmp_path / "b.safetensors")
+    changed = {o["modules"] for o in load(tmp_path / "b.safetensors").shiftaddvit_recipe.to_dict()["overrides"]}
+    assert changed == set(found["found"]["choice"]) != set()
+    again = ("search", dense, "--sensitivity", tmp_path / "a" / "sensitivity.json", *few, "--no-figure")
+    outcome = run(*again, "--budget", "energy=0.01", "-o", tmp_path / "c", "--json")
+    assert json.loads(outcome.stdout)["met"] is False
+    refused(*again, "-o", tmp_path / "a", says="recipe.toml exists already")
+    other = tmp_path / "other.safetensors"
+    torch.manual_seed(1)
+    save(create_model(VIT, ARGS | {"num_classes": 2}), other)
+    refused("search", other, *again[2:], "-o", tmp_path / "d", says="measured with other weights")
+    assert not (tmp_path / "d").exists()
+
+
 def test_recipes_are_listed_and_printed_as_toml_that_reads_back(tmp_path):
     listed = run("recipes").stdout
     assert all(name in listed for name in shiftaddvit.recipes)
@@ -233,6 +254,10 @@ def test_unknown_names_come_with_the_nearest_ones(tmp_path, dense, data):
     refused("evaluate", dense, "torch/cifar11", says="torch/cifar10")
     refused("sensitivity", dense, data, "--primitive", "mlp-shft", says="mlp-shift")
     refused("finetune", dense, data, "--recipe", "msa", "-o", tmp_path / "run", "--augment", "lite", says="light")
+    refused("search", dense, data, "--budget", "enrgy=0.6", "-o", tmp_path / "run", says="energy")
+    refused("search", dense, data, "--primitive", "mlp-shft", "-o", tmp_path / "run", says="mlp-shift")
+    refused("search", dense, "-o", tmp_path / "run", says="needs DATA")
+    refused("search", dense, "--sensitivity", tmp_path / "none.json", "-o", tmp_path / "run", says="none.json")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -83,11 +83,17 @@ def test_imports_run_one_way(file):
             assert other != "cli", f"{here} must not import the command line (line {line})"
 
 
-@pytest.mark.parametrize("name", ["train", "evaluation", "cost", "engine", "nvs", "portable", "hardware", "cli"])
+@pytest.mark.parametrize("name", ["train", "evaluation", "cost", "engine", "autorecipe", "nvs", "portable", "hardware", "cli"])
 def test_the_core_does_not_look_back(name):
     for file in FILES:
         if part(file) in CORE:
             assert name not in {other for other, _ in imported(file)}, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_only_the_command_line_uses_the_search():
+    for file in FILES:
+        if part(file) not in ("autorecipe", "cli"):
+            assert "autorecipe" not in {other for other, _ in imported(file)}, file.relative_to(ROOT)
 
 
 def run(code: str) -> str:

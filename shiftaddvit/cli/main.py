@@ -17,6 +17,7 @@ from .failures import Commands
 from .finetune import finetune, pretrain
 from .listing import models, recipes
 from .report import report
+from .search import search
 from .sensitivity import sensitivity
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ def _options(
     """Options before any command."""
 
 
-for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, energy, dispatch, export, report, recipes, models):
+for command in (quickstart, convert, finetune, pretrain, evaluate, sensitivity, search, energy, dispatch, export, report, recipes, models):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(nvs.app, name="nvs")

@@ -21,7 +21,7 @@ def sensitivity(
     pretrained: options.Pretrained = False,
     num_classes: options.Classes = None,
     model_arg: options.ModelArgs = None,
-    primitive: Annotated[list[str] | None, typer.Option(help="linear, add, hash, attn-shift or mlp-shift; may be repeated. (default: all but hash)")] = None,
+    primitive: Annotated[list[str] | None, typer.Option(help="msa, linear, add, hash, attn-shift, attn-moe, mlp-shift or mlp-moe, or two of one attention (add+attn-shift); may be repeated. (default: linear, add, attn-shift, mlp-shift)")] = None,
     together: Annotated[bool, typer.Option("--together", help="Only all layers of a kind at once, not one by one.")] = False,
     images: Annotated[int, typer.Option(help="Evaluate on so many images, drawn at random; they are kept in memory.")] = 1000,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
@@ -47,16 +47,15 @@ def sensitivity(
 
     from shiftaddvit.conditions import conditions
     from shiftaddvit.data.sources import check_classes
-    from shiftaddvit.evaluation.sensitivity import PRIMITIVES
+    from shiftaddvit.evaluation.sensitivity import USUAL, change_of
     from shiftaddvit.evaluation.sensitivity import sensitivity as run
     from shiftaddvit.schema import stamped
 
     from .image_choice import DataChoice, evaluation_loader, image_form, sample, some_images
     from .model_choice import ModelChoice, open_model
 
-    chosen = tuple(primitive or (name for name in PRIMITIVES if name != "hash"))
-    for name in chosen:
-        options.one_of("--primitive", name, tuple(PRIMITIVES))
+    chosen = tuple(primitive or USUAL)
+    hashes = any(change_of(name).get("add") == "ksh" for name in chosen)
     source = DataChoice(data, strict, data_root, download)
     drawn = sample(source.open(split), images, seed)
     choice = ModelChoice(model, options.model_args(model_arg), weights, pretrained, num_classes, size, seed)
@@ -69,7 +68,7 @@ def sensitivity(
     device = state.device
     # The model is evaluated once for each row: the images are decoded only once.
     batches = list(evaluation_loader(drawn, form, batch_size, workers, "cpu"))
-    teaching = some_images(source.open("train"), form, 8, seed).to(device) if "hash" in chosen else None
+    teaching = some_images(source.open("train"), form, 8, seed).to(device) if hashes else None
     with told_when_memory_ends(batch_size):
         found = run(
             network.to(device), batches, primitives=chosen, per_site=not together, calibration_images=teaching, device=device,
