@@ -87,6 +87,16 @@ def test_results_of_the_repository_are_read():
     assert [(run.model.name, run.recipe, run.accuracy.top1) for run in found.runs] == [("pvt_v2_b0", "dense", 55.34)] and not found.sources[0].stamped
 
 
+def test_the_page_says_nothing_of_the_folders_above(folder, html):
+    assert str(folder.parent) not in html and f"{folder.name}/dispatch.json" in html
+
+
+def test_a_link_to_elsewhere_is_read_under_its_own_name(folder, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked.json").symlink_to(folder / "dispatch.json")
+    assert [source.path for source in read_results([tmp_path / "runs"]).sources] == ["runs/linked.json"]
+
+
 def test_what_the_energy_command_writes_is_read(tmp_path):
     for name, arguments in (("one", ["--recipe", "ours-quant-moe"]), ("compare", ["--compare", "ours-quant-shift"])):
         outcome = CliRunner().invoke(app, ["energy", "pvt_v2_b0", "--image-size", "64", *arguments, "--json", str(tmp_path / f"{name}.json")])

@@ -9,6 +9,10 @@ _WORDS = {
 }  # fmt: skip
 
 
+FINEST_LINES = 28
+"""Tokens on a side of a grid with lines; `page.js` has the same."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One cell of the table of mixtures."""
@@ -51,8 +55,10 @@ def cells(mixture: Mixture, digits: str, kind: str) -> str:
 
 
 def grid_lines(mixture: Mixture) -> str:
-    """SVG path data of the lines between tokens."""
+    """SVG path data of the lines between tokens; none on a grid so fine that they would hide it."""
     rows, columns = mixture.grid
+    if max(rows, columns) > FINEST_LINES:
+        return ""
     return "".join(f"M0 {row}h{columns}" for row in range(1, rows)) + "".join(f"M{column} 0v{rows}" for column in range(1, columns))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from os.path import abspath
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_results(paths: Iterable[str | Path]) -> Results:
         if not given.exists():
             raise UserError(f"{given} does not exist; give result files or folders that hold some")
         for path in _files(given):
-            _read(path, given.is_file(), found, seen)
+            _read(path, _shown(given, path), given.is_file(), found, seen)
     if not (found.sources or found.curves):
         why = "".join(f"; {entry.path}: {entry.reason}" for entry in found.skipped[:5])
         raise UserError(f"no results in {', '.join(map(str, paths))}{why}")
@@ -63,10 +64,16 @@ def _files(given: Path) -> Iterator[Path]:
             yield path
 
 
-def _read(path: Path, named: bool, found: Results, seen: set[str]) -> None:
+def _shown(given: Path, path: Path) -> str:
+    """From the named folder on: a page that is passed on says nothing of the folders above."""
+    whole, named = Path(abspath(path)), Path(abspath(given))  # links are not followed: they may lead elsewhere
+    return str(whole.relative_to(named.parent if given.is_dir() else whole.parent.parent))
+
+
+def _read(path: Path, shown: str, named: bool, found: Results, seen: set[str]) -> None:
     if path.name == LOG:
         curve, reasons = read_curve(path, (path.parent / RESULT).exists())
-        found.skipped += [Skipped(str(path), reason) for reason in reasons]
+        found.skipped += [Skipped(shown, reason) for reason in reasons]
         found.curves += [curve] if curve is not None else []
         return
     if path.name == RUN:
@@ -76,14 +83,14 @@ def _read(path: Path, named: bool, found: Results, seen: set[str]) -> None:
         known = _kind(values, named)
         if known is None:
             return
-        source = _source(path, known, values)
+        source = _source(shown, known, values)
         if source.digest in seen:
             return
         READERS[known](Fields(values), source, found)
         seen.add(source.digest)
         found.sources.append(source)
     except Unusable as reason:
-        found.skipped.append(Skipped(str(path), str(reason)))
+        found.skipped.append(Skipped(shown, str(reason)))
 
 
 def _values(path: Path) -> Mapping[str, Any]:
@@ -125,7 +132,7 @@ def _bench(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _source(path: Path, kind: str, values: Mapping[str, Any]) -> Source:
+def _source(path: str, kind: str, values: Mapping[str, Any]) -> Source:
     conditions = values.get("conditions")
     if not isinstance(conditions, Mapping) and isinstance(values.get("evaluation"), Mapping):
         conditions = values["evaluation"].get("conditions")
@@ -135,4 +142,4 @@ def _source(path: Path, kind: str, values: Mapping[str, Any]) -> Source:
         else {}
     )
     texts = tuple((key, values[key]) for key in ANNOTATIONS if isinstance(values.get(key), str))
-    return Source(str(path), kind, digest(values), str(conditions.get("time", "")), conditions, STAMP in values, texts)
+    return Source(path, kind, digest(values), str(conditions.get("time", "")), conditions, STAMP in values, texts)

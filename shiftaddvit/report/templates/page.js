@@ -86,7 +86,7 @@
     svg.querySelector(".to-mult").setAttribute("d", cells(layer, digits, "mult"));
     svg.querySelector(".to-shift").setAttribute("d", cells(layer, digits, "shift"));
     const across = [...Array(rows - 1).keys()].map(row => `M0 ${row + 1}h${columns}`), down = [...Array(columns - 1).keys()].map(column => `M${column + 1} 0v${rows}`);
-    svg.querySelector(".lines").setAttribute("d", across.join("") + down.join(""));
+    svg.querySelector(".lines").setAttribute("d", Math.max(rows, columns) > 28 ? "" : across.join("") + down.join(""));
   };
   const percent = (layer, digits) => Math.round(100 * [...digits].filter(digit => layer.experts[digit] === "shift").length / digits.length);
   const data = JSON.parse(document.getElementById("dispatch-data").textContent);
