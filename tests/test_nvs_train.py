@@ -108,8 +108,10 @@ def test_a_kill_leaves_a_run_that_resumes(scene, tmp_path):
     folder = tmp_path / "run"
     code = _KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
+    # Generous: on a busy machine the imports alone can take minutes.
+    deadline = time.monotonic() + 400
     while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "training ended before its first checkpoint"
         time.sleep(0.01)
     time.sleep(random.random() / 5)
     process.kill()
