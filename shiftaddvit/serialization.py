@@ -107,6 +107,13 @@ def save(
     return SaveReport(str(path), size, dense_bytes, packed, None if card is None else str(card))
 
 
+def check_savable(model: nn.Module) -> None:
+    """Raise the UserError that `save` would: before a long run, rather than at its end."""
+    model = _unwrapped(model)
+    _, dense = rebuilt(model)
+    _check_rebuilds(model, dense, getattr(model, "shiftaddvit_recipe", None), is_packed(model))
+
+
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
     """The model that `save` wrote, in evaluation mode: same logits. UserError for a file that is truncated, of another program or of a
     newer format, or whose tensors do not fit."""

@@ -28,7 +28,7 @@ from shiftaddvit.train.finetune import plan_stages
 from shiftaddvit.train.latency import measure_expert_latency, set_expert_costs
 from shiftaddvit.train.optim import make_optimizer, parameter_groups
 from shiftaddvit.train.run_folder import RunFolder, read_log
-from shiftaddvit.train.stage import Position, step_seed
+from shiftaddvit.train.position import Position, step_seed
 
 torch.set_num_threads(1)
 ARGS = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "drop_path_rate": 0.1}
@@ -185,6 +185,68 @@ def test_a_run_killed_at_random_moments_reaches_the_same_result(tmp_path, uninte
     assert same(shiftaddvit.load(run / "model.safetensors"), uninterrupted)
     assert not list(run.glob(".*.tmp"))
     assert all("event" in event for event in read_log(run / "log.jsonl"))
+
+
+class Interrupting(torch.utils.data.TensorDataset):
+    """Images of a plain data set; Ctrl-C comes when the `at`-th of them is read."""
+
+    at = -1
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.at -= 1
+        if self.at == 0:
+            signal.raise_signal(signal.SIGINT)
+        image, label = super().__getitem__(index)
+        return image + 0.1 * torch.randn(()), label  # augmentation that draws from torch's random numbers
+
+
+def test_a_plain_data_loader_that_shuffles_resumes_inside_an_epoch(tmp_path):
+    def plain(at: int = -1) -> torch.utils.data.DataLoader:
+        rng = torch.Generator().manual_seed(0)
+        data = Interrupting(torch.randn(12, 3, 32, 32, generator=rng), torch.arange(12) % 3)
+        data.at = at
+        return torch.utils.data.DataLoader(data, 4, shuffle=True)
+
+    config = replace(TWO_STAGES, stages=(StageConfig("all", 2, warmup_epochs=0.5),), ema_decay=None)
+    expected, resumed = model("mlp-shift"), model("mlp-shift")
+    finetune(expected, plain(), None, config, show=False)
+    with pytest.raises(Interrupted):
+        finetune(model("mlp-shift"), plain(at=12 + 6), None, config, output=tmp_path / "run", show=False)
+    assert RunFolder(tmp_path / "run", True).load_checkpoint()["position"]["step"] in (1, 2)
+    finetune(resumed, plain(), None, config, output=tmp_path / "run", resume=True, show=False)
+    assert same(resumed, expected)
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_it_trains(tmp_path):
+    built = model("mlp-shift")
+    built.blocks[0].attn.num_heads = 4
+    with pytest.raises(UserError, match="blocks.0.attn.num_heads"):
+        finetune(built, loader(), None, TWO_STAGES, output=tmp_path / "run", show=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoint.pt"])
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"[]"])
+def test_a_damaged_run_is_named_and_left_alone(name, damage, tmp_path):
+    run, config = tmp_path / "run", replace(TWO_STAGES, stages=(StageConfig("all", 1),))
+    finetune(model("mlp-shift"), loader(), None, config, output=run, show=False)
+    (run / name).write_bytes(damage((run / name).read_bytes()))
+    whole = (run / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=f"{name} is damaged.*--overwrite"):
+        finetune(model("mlp-shift"), loader(), None, config, output=run, resume=True, show=False)
+    assert (run / "model.safetensors").read_bytes() == whole
+
+
+def test_resuming_with_other_batches_or_another_model_is_refused(tmp_path):
+    run, config = tmp_path / "run", replace(TWO_STAGES, stages=(StageConfig("all", 1),))
+    finetune(model("mlp-shift"), loader(), None, config, output=run, show=False)
+    other = loader()
+    other.batch_size = 6
+    with pytest.raises(UserError, match="another number of batches"):
+        finetune(model("mlp-shift"), other, None, config, output=run, resume=True, show=False)
+    deeper = reparameterize(shiftaddvit.create_model("vit_tiny_patch16_224", {**ARGS, "depth": 2}), "mlp-shift")
+    with pytest.raises(UserError, match="another model"):
+        finetune(deeper, loader(), None, config, output=run, resume=True, show=False)
 
 
 def test_what_a_kill_left_is_tidied(tmp_path):

@@ -24,12 +24,13 @@ from shiftaddvit.reparam.architecture import architecture_of
 from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
 from shiftaddvit.reparam.stages import attention_only, converts_attention, converts_linears, to_attention_stage, to_linear_stage
 from shiftaddvit.schema import stamped
-from shiftaddvit.serialization import save
+from shiftaddvit.serialization import check_savable, save
 
 from .config import FinetuneConfig, StageConfig
 from .latency import measure_expert_latency, set_expert_costs
+from .position import Position, step_seed
 from .run_folder import MODEL, RunFolder
-from .stage import Position, StageRun, step_seed, train_stage
+from .stage import StageRun, train_stage
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,15 @@ def finetune(
     of every mixture are timed on this device for the balance loss. Works under `torchrun`, one process a device.
 
     Args:
-        train_loader: yields images (B, 3, H, W) and targets (B,) or (B, classes); `set_epoch(e)` and `start_at(step)` make it resumable.
+        train_loader: yields images (B, 3, H, W) and targets (B,) or (B, classes). `set_epoch(e)` and `start_at(step)` let it resume inside
+            an epoch at once; any other is read up to there, and resumes exactly as long as it draws from torch's random numbers only.
         output: folder for the log, checkpoints and result; without one nothing is written.
         resume: go on from the folder's last complete checkpoint.
         overwrite: replace the run that the folder holds.
         teacher: the dense model, for `config.distill_weight`.
 
     Raises:
-        UserError: a folder that holds another run, a full disk, a packed model.
+        UserError: a folder that holds another run, a full disk, a packed model, or, with `output`, a model that cannot be saved.
         NotFinite: the loss is no number; names the step and layer, and the last good checkpoint is kept.
         Interrupted: Ctrl-C, after a checkpoint.
     """
@@ -86,8 +88,11 @@ def finetune(
     folder = RunFolder(Path(output), accelerator.is_main_process) if output is not None else None
     resuming = False
     if folder is not None:
+        if not resume:  # a model that was stopped in the first stage has that stage's form still
+            check_savable(model)
         recipe = getattr(model, "shiftaddvit_recipe", None)
-        described = {"config": asdict(config), "recipe": recipe.to_dict() if recipe is not None else None, "model": type(model).__name__}
+        described = {"config": asdict(config), "recipe": recipe and recipe.to_dict(), "model": asdict(architecture_of(model))}
+        described["number of batches an epoch"] = len(train_loader)
         resuming = _open(folder, described, resume, overwrite, accelerator)
     session = _Session(model, val_loader, config, stages, accelerator, folder, teacher, show)
     session.run(train_loader, folder.load_checkpoint() if resuming else None)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class RunFolder:
         if self.writes:
             self._tidy()
         if resume and known.exists():
-            before = json.loads(known.read_text())["description"]
+            before = _described(known)
             changed = sorted(key for key in before.keys() | description.keys() if before.get(key) != _plain(description.get(key)))
             if changed:
                 raise UserError(f"{self.path} was started with another {', '.join(changed)}: resume with the same, or use --overwrite")
@@ -69,7 +70,13 @@ class RunFolder:
                 torch.save(state, temporary)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        return torch.load(self.path / CHECKPOINT, map_location="cpu", weights_only=True)
+        """The last complete one. UserError where the file was damaged since."""
+        path = self.path / CHECKPOINT
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{path} is damaged ({why}): put back a whole copy, or start again with --overwrite") from None
 
     def write_result(self, result: dict[str, Any]) -> None:
         if self.writes:
@@ -103,6 +110,14 @@ def told_when_full(path: Path):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"out of disk at {path}: the last complete checkpoint is kept; free space and resume") from error
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())["description"]
+        return dict(found)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, so it is unknown what run this is: start again with --overwrite") from None
 
 
 def _plain(value: Any) -> Any:

@@ -22,19 +22,8 @@ from .guard import NotFinite, first_broken_layer
 from .interrupt import Interrupted, deferred_interrupt
 from .latency import expert_costs
 from .optim import clipped_parameters, make_optimizer
+from .position import Position, batches_from, step_seed
 from .progress import TrainingProgress
-
-
-@dataclass
-class Position:
-    """Where a run is."""
-
-    stage: int = 0
-    """Index of the stage."""
-    epoch: int = 0
-    """Epoch inside the stage."""
-    step: int = 0
-    """Next batch of that epoch."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +50,6 @@ class StageRun:
     """Evaluates at an epoch's end; returns a note for the progress line."""
     show: bool
     """Whether to show progress."""
-
-
-def step_seed(seed: int, position: Position, rank: int = 0) -> int:
-    """A seed of its own for every step of every stage and process."""
-    value = seed
-    for part in (position.stage, position.epoch, position.step, rank):
-        value = (value * 1_000_003 + part + 1) % (2**63 - 25)
-    return value
 
 
 def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Module:
@@ -123,11 +104,11 @@ class _Loop:
     def run(self, position: Position, progress: TrainingProgress, asked: Callable[[], bool]) -> None:
         run, self.position = self.run_, position
         while position.epoch < run.stage.epochs:
-            _seek(run.train_loader, position)
+            batches = batches_from(run.train_loader, position, run.config.seed, run.accelerator.process_index)
             self.model.train()
             if position.step == 0:
                 self.log(position, event="epoch")
-            for images, targets in run.train_loader:
+            for images, targets in batches:
                 self.train_step(images, targets, position)
                 position.step += 1
                 progress.step()
@@ -261,18 +242,6 @@ class _Loop:
 def _total_batch(run: StageRun) -> int:
     size = getattr(run.train_loader, "batch_size", None) or next(iter(run.train_loader))[0].shape[0]
     return size * run.accelerator.num_processes
-
-
-def _seek(loader: Any, position: Position) -> None:
-    if hasattr(loader, "set_epoch"):
-        # Stages must not see the same shuffles again.
-        loader.set_epoch(position.epoch + 10_000 * position.stage)
-    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
-        loader.sampler.set_epoch(position.epoch + 10_000 * position.stage)
-    if position.step:
-        if not hasattr(loader, "start_at"):
-            raise NotImplementedError(f"{type(loader).__name__} cannot resume inside an epoch: it has no start_at(step)")
-        loader.start_at(position.step)
 
 
 @contextmanager
