@@ -13,8 +13,8 @@ from torch import nn
 import shiftaddvit
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers import (
-    AdderConv2d, AdderLinear, AngularAttention, AngularConfig, BinaryConfig, HashConfig, KernelHash, MoEConfig, MoELinear, MoEMlp,
-    NormedAdder, ProjectedAttention, ShiftAdder, ShiftConfig, ShiftConv2d, ShiftLayer, ShiftLinear, SoftmaxAttention,
+    AngularAttention, AngularConfig, BinaryConfig, HashConfig, KernelHash, MoEConfig, MoELinear, MoEMlp,
+    NormedAdder, ProjectedAttention, ShiftAdder, ShiftConfig, ShiftLayer, ShiftLinear, SoftmaxAttention,
 )  # fmt: skip
 from shiftaddvit.layers.moe import _Mixture
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
