@@ -26,6 +26,7 @@ from shiftaddvit.evaluation.sensitivity import Sensitivity, sensitivity
 from shiftaddvit.files import atomic_write, write_json
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.reparam.identity import identity
+from shiftaddvit.schema import stamped
 from shiftaddvit.train import FinetuneConfig, finetune
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -83,8 +84,7 @@ def run(setup: Setup, out: Path, seeds: tuple[int, ...] = (0,), only: tuple[str,
     for seed in seeds:
         for name, _, found in rows:
             _finetuned(setup, out, name, recipes[name], seed)
-            # Rows of nearly equal energy share a searched recipe; it is trained once.
-            _finetuned(setup, out, _alias(rows, found), found.recipe, seed)
+            _finetuned(setup, out, *_searched(rows, found), seed)
     table = [_row(setup, out, rows, name, point, found, seeds, everything.dense.totals["energy"]) for name, point, found in rows]
     result = {"about": setup.about, "seeds": list(seeds), "dense_top1_dev": damage.dense.top1, "rows": table, "conditions": conditions(setup.device)}
     write_json(out / "table.json", result)
@@ -116,13 +116,13 @@ def _damage(setup: Setup, dense: nn.Module, options: Any, path: Path) -> Sensiti
         dense, setup.dev, primitives=changes(options), together=False, settings=setup.settings, device=setup.device, amp_dtype=setup.amp_dtype,
         step=lambda text: print("sensitivity:", text, flush=True),
     )  # fmt: skip
-    write_json(path, {"images": setup.about, **found.to_json()})
+    write_json(path, stamped("sensitivity", {"split": "dev", "note": setup.about, **found.to_json()}))
     return found
 
 
-def _alias(rows: list, found: Any) -> str:
-    first = next(name for name, _, other in rows if other.point.choice == found.point.choice)
-    return f"at-{first}"
+def _searched(rows: list, found: Any) -> tuple[str, Recipe]:
+    """File name and recipe; the first of equal choices stands for all, so that it is trained once."""
+    return next((f"at-{name}", other.recipe) for name, _, other in rows if other.point.choice == found.point.choice)
 
 
 def _finetuned(setup: Setup, out: Path, name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -158,12 +158,12 @@ def _made(settings: Recipe) -> dict[str, Any]:
 
 
 def _row(setup: Setup, out: Path, rows: list, name: str, point: Any, found: Any, seeds: tuple[int, ...], dense: float) -> dict[str, Any]:
-    results = [(_finetuned(setup, out, name, recipes[name], s), _finetuned(setup, out, _alias(rows, found), found.recipe, s)) for s in seeds]
+    results = [(_finetuned(setup, out, name, recipes[name], s), _finetuned(setup, out, *_searched(rows, found), s)) for s in seeds]
     pairs = [tuple(Evaluation.from_json(result["evaluation"]) for result in pair) for pair in results]
     paired = [compare(searched, fixed) for fixed, searched in pairs]
     # Images are shared by the seeds, so the interval of the mean is not divided by √seeds.
     return {
-        "row": name, "searched": _alias(rows, found), "energy_of_dense": point.totals["energy"] / dense,
+        "row": name, "searched": _searched(rows, found)[0], "energy_of_dense": point.totals["energy"] / dense,
         "searched_energy_of_dense": found.point.totals["energy"] / dense, "kl": point.totals["kl"], "searched_kl": found.point.totals["kl"],
         "top1": mean([fixed.top1 for fixed, _ in pairs]), "searched_top1": mean([searched.top1 for _, searched in pairs]),
         "loss": mean([fixed.loss for fixed, _ in pairs]), "searched_loss": mean([searched.loss for _, searched in pairs]),

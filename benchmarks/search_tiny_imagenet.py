@@ -7,7 +7,7 @@ images. One process; every file that is there is kept, so a run that was stopped
     python benchmarks/search_tiny_imagenet.py DATA OUT --weights OUT/pvt_v2_b0/model.safetensors
     python benchmarks/search_tiny_imagenet.py DATA OUT --weights … --rows ours-quant-moe ours-quant-shift --seeds 3 --compile
 
-About 20 fine-tunings a seed; expected result: not run yet.
+About 18 fine-tunings a seed; expected result: not run yet.
 """
 
 import argparse

@@ -35,6 +35,7 @@ from shiftaddvit.evaluation.sensitivity import Sensitivity, sensitivity
 from shiftaddvit.layers.moe import MoEConfig, MoELinear
 from shiftaddvit.layers.shift import ShiftConfig, ShiftLinear
 from shiftaddvit.reparam import Recipe, reparameterize
+from shiftaddvit.schema import stamped
 
 GOAL = Goal(("kl", "energy"), "kl", "energy")
 PRIMITIVES = ("add", "attn-shift", "attn-moe", "mlp-shift", "mlp-moe")
@@ -235,6 +236,14 @@ def test_damaged_sensitivities_are_named(damages, damage, words):
     values = json.loads(json.dumps(damages.to_json()))
     damage(values)
     with pytest.raises(UserError, match=words):
+        Sensitivity.from_json(values, "s.json")
+
+
+def test_edited_sensitivities_are_named(damages):
+    values = json.loads(json.dumps(stamped("sensitivity", damages.to_json())))
+    assert Sensitivity.from_json(values, "s.json").rows == damages.rows
+    values["rows"][0]["kl"] = 0.0
+    with pytest.raises(UserError, match="s.json was changed after it was written"):
         Sensitivity.from_json(values, "s.json")
 
 

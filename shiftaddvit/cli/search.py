@@ -34,6 +34,7 @@ def search(
     shift_share: Annotated[float, typer.Option(help="Share of a mixture's tokens that is taken to go to its shift expert.")] = 0.5,
     units: Annotated[str, typer.Option(help="Unit energies: 45nm, 45nm-float, 65nm, eyeriss-normalised, or a TOML file.")] = "45nm",
     activation_bits: Annotated[int, typer.Option(help="Bits of an activation, for energy.")] = 16,
+    fusion: Annotated[str, typer.Option(help="rows: what works on rows happens in the buffer. none: each function is a layer of its own.")] = "rows",
     latency_batch: Annotated[int, typer.Option(help="Images at once, for latency.")] = 1,
     points: Annotated[int, typer.Option(help="Points of the front; 0 for all there are.")] = 40,
     figure: Annotated[bool, typer.Option("--figure/--no-figure", help="Draw the front.")] = True,
@@ -77,6 +78,7 @@ def search(
     from shiftaddvit.cost import BitWidths, Settings, load_units
     from shiftaddvit.evaluation.sensitivity import PRIMITIVES, Sensitivity
     from shiftaddvit.reparam.recipe import as_recipe
+    from shiftaddvit.schema import stamped
 
     from .image_choice import DataChoice, evaluation_loader, image_form, sample, some_images
     from .model_choice import ModelChoice, open_model
@@ -92,7 +94,7 @@ def search(
     damages = Sensitivity.from_json(read_json(sensitivity), str(sensitivity)) if sensitivity else None
     latencies = CostTable.from_json(read_json(latency), str(latency), "latency") if latency else None
     settings = as_recipe(like) if like else None
-    energy = Settings(bits=BitWidths(activation_bits), units=load_units(units))
+    energy = Settings(bits=BitWidths(activation_bits), units=load_units(units), fusion=options.one_of("--fusion", fusion, ("rows", "none")))
 
     choice = ModelChoice(model, options.model_args(model_arg), weights, pretrained, num_classes, size, seed)
     network = open_model(choice, lambda text: typer.echo(text, err=True))
@@ -116,19 +118,22 @@ def search(
             shift_share=shift_share, minimise=minimise, image_size=form.size, batch=latency_batch, points=points or None,
             calibration_images=teaching, device=state.device, amp_dtype=amp_dtype, step=lambda text: typer.echo(f"search: {text}", err=True),
         )  # fmt: skip
-    about = {"model": model, "data": data, "split": split, "images": images, "seed": seed} if data is not None else {"model": model, "data": None}
-    written = _write(found, output, about, figure)
+    built = network.shiftaddvit_architecture
+    about = {"model": {"name": built.name, "args": dict(built.args)}, "file": model if choice.is_file else None, "data": data}
+    about |= {"split": split, "images": images, "seed": seed} if data is not None else {}
+    measured = read_json(sensitivity) if sensitivity else stamped("sensitivity", about | found.sensitivity.to_json())
+    written = _write(found, output, about, measured, figure)
     _show(found, written, about, as_json, model, output)
 
 
-def _write(found: "Found", output: Path, about: dict[str, Any], figure: bool) -> list[Path]:
+def _write(found: "Found", output: Path, about: dict[str, Any], measured: dict[str, Any], figure: bool) -> list[Path]:
     from shiftaddvit.autorecipe.figure import front_figure
     from shiftaddvit.files import atomic_write, write_json
 
     with atomic_write(output / RECIPE) as temporary:
         temporary.write_text(found.recipe.to_toml())
     write_json(output / RESULT, about | found.to_json())
-    write_json(output / SENSITIVITY, about | found.sensitivity.to_json())
+    write_json(output / SENSITIVITY, measured)
     written = [output / RECIPE, output / RESULT, output / SENSITIVITY]
     for table in found.costs:
         if table.quantity == "latency":
