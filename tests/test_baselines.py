@@ -109,7 +109,7 @@ def test_deepshift_converts_the_whole_network_and_can_keep_the_ends():
         model = reparameterize(make(), recipe)
         dense = [name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
         assert len(dense) == 2 and dense[0].startswith("patch_embed") and dense[1] == "head"
-        assert [name for name, _ in model.shiftaddvit_report.kept] == dense
+        assert [name for name, _ in model.shiftaddvit_report.left] == dense
 
 
 def test_an_override_reaches_the_rest():
@@ -124,7 +124,7 @@ def test_convolutions_that_are_not_ordinary_are_kept_and_named():
     model = vit()
     model.patch_embed.proj.padding_mode = "reflect"
     report = reparameterize(model, "deepshift-ps").shiftaddvit_report
-    assert type(model.patch_embed.proj) is nn.Conv2d and "patch_embed.proj" in dict(report.kept) and "kept: 1" in str(report)
+    assert type(model.patch_embed.proj) is nn.Conv2d and "patch_embed.proj" in dict(report.left) and "left: 1" in str(report)
 
 
 # AdderNet and ShiftAddNet
@@ -155,6 +155,7 @@ def test_adders_keep_their_precision_under_autocast():
         assert torch.equal(layer(x), layer(x)) and layer.adder(x.bfloat16()).dtype == torch.float32
         half = layer(x.bfloat16())
     assert half.dtype == torch.bfloat16
+    assert deepcopy(layer).half()(x.half()).dtype == torch.float16
     torch.testing.assert_close(half.float(), layer(x.bfloat16().float()), rtol=1e-2, atol=1e-2)
 
 
@@ -185,7 +186,7 @@ def test_batch_mates_do_not_change_an_image_in_evaluation(norm):
 
 def test_addernet_leaves_groups_and_ends_and_says_so():
     model = reparameterize(pvt_v2(), "addernet")
-    kept = dict(model.shiftaddvit_report.kept)
+    kept = dict(model.shiftaddvit_report.left)
     assert "groups" in kept["stages.0.blocks.0.mlp.dwconv"] and "keep_ends" in kept["head"] and "keep_ends" in kept["patch_embed.proj"]
     assert isinstance(model.stages[1].downsample.proj, NormedAdder) and isinstance(model.stages[0].blocks[0].attn.sr, NormedAdder)
     cascade = reparameterize(pvt_v2(), "shiftaddnet")

@@ -526,5 +526,5 @@ def test_two_processes_train_one_model(tmp_path):
 
 def test_recipes_of_the_table_are_plannable():
     for name in recipes:
-        if not name.startswith("gnt"):
+        if not name.startswith("gnt") and name != "sra-linear":  # the model here is a plain transformer
             assert sum(epochs for _, epochs in planned(name)) == 20

@@ -46,7 +46,7 @@ class AdderLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         with torch.autocast(x.device.type, enabled=False):
-            return adder_linear(x.float(), self.weight, self.eta)
+            return adder_linear(x.float(), self.weight.float(), self.eta)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, eta={self.eta}"
@@ -67,7 +67,7 @@ class AdderConv2d(Windowed, nn.Module):
 
     def forward(self, x: Float[Tensor, "B in H W"]) -> Float[Tensor, "B out H2 W2"]:
         with torch.autocast(x.device.type, enabled=False):
-            return adder_conv2d(x.float(), self.weight, self.window.stride[0], self.window.padding[0], self.eta)
+            return adder_conv2d(x.float(), self.weight.float(), self.window.stride[0], self.window.padding[0], self.eta)
 
     def extra_repr(self) -> str:
         return f"{self.window}, eta={self.eta}"
@@ -114,7 +114,10 @@ class NormedAdder(nn.Module):
         y = self.adder(x)
         with torch.autocast(x.device.type, enabled=False):
             y = y.movedim(1, -1) if self.picture else y
-            y = self.norm(y) if isinstance(self.norm, nn.LayerNorm) else self.norm(y.flatten(0, -2)).view(y.shape)
+            if isinstance(self.norm, nn.LayerNorm):
+                y = F.layer_norm(y, self.norm.normalized_shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps)
+            else:
+                y = self.norm(y.flatten(0, -2).to(self.norm.weight.dtype)).view(y.shape)
         return (y.movedim(-1, 1) if self.picture else y).to(x.dtype)
 
     def dense(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def reparameterize(model: nn.Module, recipe: Recipe | str) -> nn.Module:
         names += [site.name for site in find_rest(model, attentions, mlps)]
     lost = recipe.unmatched(names)
     if lost:
-        raise UserError(f"no attention or MLP{' or other layer' if recipe.rest != 'mult' else ''} matches the override pattern {lost[0]!r}; names look like {[*attentions, *mlps][0].name!r}")
+        raise UserError(f"no attention or MLP matches the override pattern {lost[0]!r}; names look like {[*attentions, *mlps][0].name!r}")
     report = Report()
     # Everything is checked before anything changes.
     _check_asked(model, attentions, mlps, recipe)
