@@ -17,7 +17,7 @@ from PIL import Image
 from shiftaddvit.data import batch_ops
 from shiftaddvit.data.augment import AugmentConfig
 from shiftaddvit.data.decode import decode, decode_parquet
-from shiftaddvit.data.images import ImageData, Unreadable
+from shiftaddvit.data.images import ImageData, Unreadable, open_rgb
 from shiftaddvit.data.loaders import NOT_READ, ImageLoader, build_loaders, training_transform
 from shiftaddvit.data.order import Shard
 from shiftaddvit.data.parquet import ParquetImages
@@ -230,6 +230,20 @@ def test_unreadable_image_is_replaced_by_the_next_and_remembered(damaged):
     assert sorted(data.unreadable) == [5, 6] and "05.png" in data.unreadable[5]
     with pytest.raises(Unreadable, match="05.png"):
         open_dataset(damaged, "train", strict=True)[5]
+
+
+def test_bytes_in_memory_that_are_no_image_are_not_named_by_their_address():
+    class Broken:
+        labels, classes, blocks = np.zeros(1, dtype=np.int64), None, None
+
+        def image(self, index: int) -> Image.Image:
+            return open_rgb(b"broken")
+
+        def name(self, index: int) -> str:
+            return "shard.tar:0001"
+
+    with pytest.raises(Unreadable, match="^cannot read image shard.tar:0001: no image of a known format$"):
+        ImageData(Broken()).read(0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,7 +7,7 @@ from struct import error as StructError
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from shiftaddvit.data.order import Blocks
@@ -81,7 +81,9 @@ class ImageData(Dataset):
         try:
             return self.store.image(index)
         except (OSError, ValueError, SyntaxError, EOFError, StructError, zlib.error, Image.DecompressionBombError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            # Pillow names the buffer in memory, which says nothing.
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "no image of a known format" if unknown else (str(error) or type(error).__name__).splitlines()[0]
             raise Unreadable(f"cannot read image {self.store.name(index)}: {reason}") from None
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
