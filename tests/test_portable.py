@@ -32,7 +32,7 @@ def in_onnxruntime(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "recipe", "packed"),
-    [("pvt_v2", "ours-ksh-add-shift-moe", True), ("pvt_v1", "mlp-moe", False), ("vit", "ours-quant-shift", True)],
+    [("pvt_v2", "ours-ksh-add-shift-moe", True), ("pvt_v1", "mlp-moe", False), ("vit", "ours-quant-shift", True), ("vit", "shiftaddnet", False)],
 )
 def test_onnxruntime_gives_the_logits_of_the_model_at_every_batch_size(family, recipe, packed, tmp_path):
     model = converted(family, recipe, **SMALLER[family])
@@ -52,6 +52,14 @@ def test_a_dense_file_says_what_it_is_and_nothing_of_the_machine_that_wrote_it(t
     assert json.loads(about["classes"]) == ["a", "b"] and json.loads(about["image_size"]) == [32, 32]
     assert session(path).get_inputs()[0].shape == ["batch", 3, 32, 32] and session(path).get_outputs()[0].shape == ["batch", 7]
     assert b".py" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("recipe", ["deepshift-ps", "addernet", "shiftaddnet", "adder-attention", "performer"])
+def test_frozen_baselines_compute_the_same_in_ordinary_operations(recipe):
+    model = converted("pvt_v2", recipe, **SHORT)
+    with torch.no_grad():
+        for packed in (False, True):
+            torch.testing.assert_close(frozen(model, packed)(images(2)), model(images(2)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True])

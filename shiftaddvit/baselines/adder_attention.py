@@ -52,7 +52,8 @@ class AdderAttention(ProjectedAttention):
     def attend(self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]) -> Float[Tensor, "B h N d"]:
         with torch.autocast(v.device.type, enabled=False):
             q, k, values = q.float(), k.float(), v.float()
-            rows = max(1, SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+            # How many slices there are depends on the batch, which an exported program leaves open.
+            rows = q.shape[2] if torch.compiler.is_exporting() else max(1, SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
             if rows >= q.shape[2]:
                 output = self._rows(q, k, values)
             else:

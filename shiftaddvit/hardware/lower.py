@@ -200,14 +200,14 @@ class _Lowering:
             experts = [self._linear(expert, f"{name}.experts.{i}", x, bits, like or name) for i, expert in enumerate(module.experts)]
             return self.add("select", name, (index, *experts), "none", None)
         module = module.experts[0] if isinstance(module, MoELinear) else module
-        bias = module.bias.detach().double() if getattr(module, "bias", None) is not None else None
+        if not isinstance(module, (ShiftLinear, PackedShiftLinear)) and type(module) is not nn.Linear:
+            raise UserError(f"{name} ({type(module).__name__}) has no integer form here: Linear, shift layers and mixtures of them have")
+        bias = module.bias.detach().double() if module.bias is not None else None
         if isinstance(module, ShiftLinear) and module.enabled or isinstance(module, PackedShiftLinear):
             packed = module if isinstance(module, PackedShiftLinear) else PackedShiftLinear.from_shift(module)
             params = {"codes": packed.integer_codes(), "code_bits": packed.bits, "offset": packed.offset, "bias": bias}
             return self.add("shift_linear", name, (x,), "shift", bits, like, **params)
-        if isinstance(module, ShiftLinear) or type(module) is nn.Linear:
-            return self.add("linear", name, (x,), "mult", bits, like, weight=module.weight.detach().double(), bias=bias)
-        raise UserError(f"{name} ({type(module).__name__}) has no integer form here: Linear, shift layers and mixtures of them have")
+        return self.add("linear", name, (x,), "mult", bits, like, weight=module.weight.detach().double(), bias=bias)
 
     def _router(self, mixture: nn.Module, name: str, x: str) -> str:
         return self.add("route", f"{name}.router", (x,), "mult", 8, weight=mixture.router.weight.detach().double())
@@ -219,8 +219,10 @@ class _Lowering:
             )
 
     def _conv(self, conv: nn.Conv2d, name: str, x: str, grid: Grid, bits: int) -> tuple[str, Grid]:
+        if type(conv) is not nn.Conv2d:
+            raise UserError(f"{name} ({type(conv).__name__}) has no integer form here: ordinary convolutions have")
         depthwise = conv.groups == conv.in_channels and conv.groups > 1
-        if type(conv) is not nn.Conv2d or conv.dilation != (1, 1) or (conv.groups > 1 and not depthwise) or isinstance(conv.padding, str):
+        if conv.dilation != (1, 1) or (conv.groups > 1 and not depthwise) or isinstance(conv.padding, str):
             raise UserError(f"{name} has no integer form here: full and depthwise convolutions without dilation have")
         out = tuple(
             (side + 2 * pad - kernel) // stride + 1
