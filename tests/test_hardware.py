@@ -261,7 +261,7 @@ def test_a_verilog_simulator_matches_every_bit_and_notices_one_that_is_wrong(fol
         ("vit", replace(MOE, moe=MoEConfig(gate="paper")), "multiplies by its gate"),
         ("vit", replace(SHIFT, binary=BinaryConfig(threshold="tensor")), "threshold 'token' or 'zero'"),
         ("vit", replace(SHIFT, angular=AngularConfig(output_norm="similarity")), "output_norm = 'similarity'"),
-        ("pvt_v2", "addernet", r"patch_embed\.proj \(NormedAdder\) has no integer form"),
+        ("pvt_v2", "addernet", r"stages\.0\.blocks\.0\.attn\.q \(NormedAdder\) has no integer form"),
         ("vit", "deepshift-ps", r"patch_embed\.proj \(ShiftConv2d\) has no integer form"),
         ("pvt_v1", None, "PyramidVisionTransformer has no integer form yet"),
     ],
