@@ -1,8 +1,5 @@
 """The engine on a CPU: its fast steps compute what the ops compute, with oneDNN and without, in float32 and with eight-bit inputs."""
 
-import resource
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -19,7 +16,6 @@ from shiftaddvit.engine.cpu import linear as linears
 from shiftaddvit.engine.cpu import prepare
 from shiftaddvit.engine.cpu.attention import LinearAttention, SoftmaxAttention
 from shiftaddvit.engine.cpu.linear import Both, Dense, Integer, Partition, eight_bits, linear
-from shiftaddvit.engine.cpu.memory import keep_freed_memory
 from shiftaddvit.engine.cpu.mlp import BlockedConvMlp, ConvMlp, PlainMlp, RoutedMlp
 from shiftaddvit.engine.cpu.onednn import OneDNN, onednn
 from shiftaddvit.engine.weights import Preparation, projection
@@ -256,30 +252,6 @@ def test_describe_names_the_libraries():
     text = engine_of(wide("ours-quant-moe")).describe()
     for part in ("computed by", "rows by expert", "both experts", torch.backends.cpu.get_cpu_capability()):
         assert part in text
-
-
-FAULTS = """
-import resource, runpy, sys, torch
-keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(2**21)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first = faults(); keep_freed_memory(); torch.ones(2**22); print(first, faults())
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a rule of glibc")
-def test_memory_freed_is_not_fetched_from_the_kernel_again():
-    _, after = map(
-        int,
-        subprocess.run(
-            [sys.executable, "-c", FAULTS, keep_freed_memory.__code__.co_filename], capture_output=True, text=True, check=True
-        ).stdout.split(),
-    )
-    pages = 10 * 2**23 // resource.getpagesize()
-    assert after < pages / 20
 
 
 # The benchmark
