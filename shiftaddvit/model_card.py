@@ -116,7 +116,7 @@ def _body(path: Path, model: nn.Module, header: Mapping[str, Any], sizes: tuple[
     name = recipe.get("name") or "a recipe of its own" if recipe is not None else "dense"
     lines = [f"# {architecture['name']}, {_plain(name)}", ""]
     if recipe is None:
-        lines += ["A dense vision transformer, saved by [shiftaddvit](https://pypi.org/project/shiftaddvit/).", ""]
+        lines += ["A dense vision transformer, saved by shiftaddvit.", ""]
     else:
         lines += ["A vision transformer that shifts and adds where its dense form multiplies (ShiftAddViT, NeurIPS 2023), made by shiftaddvit.", ""]
         if recipe.get("description"):
