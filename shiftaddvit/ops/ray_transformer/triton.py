@@ -130,13 +130,12 @@ def ray_transformer_kernel(
                 if UNIT:
                     o = tl.reshape(o, (BM, HEADS, D))
                     o = tl.reshape(o * tl.rsqrt(tl.sum(o * o, 2) + 1e-12)[:, :, None], (BM, C))
-                for tap in tl.static_range(WINDOW):
-                    factor = tl.load(conv + (cs // D) * WINDOW + tap).to(tl.float32)[None, :]
-                    shift = tap - WINDOW // 2
-                    if shift == 0:
-                        o = o + factor * value
-                    else:
+                if WINDOW:
+                    # A real loop: unrolled, the loads of all taps are in flight at once and do not fit the registers.
+                    for tap in tl.range(0, WINDOW, num_stages=1):
+                        shift = tap - WINDOW // 2
                         near = inside & ((s + shift >= 0) & (s + shift < S))[:, None]
+                        factor = tl.load(conv + (cs // D) * WINDOW + tap).to(tl.float32)[None, :]
                         o = o + factor * tl.load(here + shift * C, mask=near, other=0.0).to(tl.float32)
                 acc = tl.dot(o.to(T), load_columns(proj, cs, 0, C, C, C, T), input_precision=PRECISION)
             y = y + acc
@@ -152,10 +151,15 @@ def ray_transformer_kernel(
 
 def ray_tile(c: int, form: str, experts: str, half: bool, device: torch.device) -> Tile:
     """Points of a tile (m), hidden units at a time (k), and programs a multiprocessor (n)."""
-    usual = Tile(64, 2, 64, 4, 1) if half and c <= 64 else Tile(32, 2, 32, 4, 1)
+    if half and c <= 64:
+        # Mixtures hold two accumulators, codes a context: fewer hidden channels at a time, or compilers from Triton 3.6 on spill.
+        hidden = 64 if "2" not in experts else 32 if form == "softmax" else 16
+        usual = Tile(64, 2, hidden, 4, 1)
+    else:
+        usual = Tile(32, 2, 32, 4, 1)
     if not half:
         return usual
-    return pick(device, key(f"ray_transformer{experts}", form, c), usual, m=(32, 64), n=(1, 8), k=(32, 64), warps=(4, 8))
+    return pick(device, key(f"ray_transformer{experts}", form, c), usual, m=(32, 64), n=(1, 8), k=(16, 64), warps=(4, 8))
 
 
 def ray_transformer(

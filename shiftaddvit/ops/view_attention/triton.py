@@ -77,7 +77,8 @@ def view_attention(
         weights = feed or [None] * 8
         first, second, hidden = (feed[2].shape[0], feed[4].shape[0], feed[2].shape[1]) if feed else (0, 0, 0)
         half = q.dtype != torch.float32
-        tile = Tile(64 if half and c <= 64 else 32, c, 64, 4, 2)
+        # Mixtures hold two accumulators: half of the hidden channels at a time, or compilers before Triton 3.9 spill.
+        tile = Tile(64 if half and c <= 64 else 32, c, 32 if first + second > 2 else 64, 4, 2)
         if half:
             tile = pick(q.device, key(f"view_attention{first}{second}", views, c), tile, m=(32, 128), warps=(4, 8), stages=(1, 3))
         view_attention_kernel[(triton.cdiv(points, tile.m),)](
