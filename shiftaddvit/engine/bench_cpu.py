@@ -11,9 +11,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median, quantiles
+from typing import Literal
 
 import timm
 import torch
@@ -33,7 +35,8 @@ TOLERANCE = 1e-4
 threshold may fall on either side, so single images may differ by more, up to `WORST`."""
 WORST = 0.1
 """Of every image."""
-BASELINE = "timm eager"
+LEAST_TOLERANCE = 1e-2
+"""In bfloat16: the error in 2-norm over all logits that is always allowed; otherwise twice that of the same model under autocast."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,21 @@ class CpuPlan:
     threads: int = 2
     """Of torch, in every process."""
     compiled: bool = True
-    """Measure torch.compile of the dense model too, where there is a compiler."""
+    """Measure torch.compile of the dense model too, in every dtype, where there is a compiler."""
     rounds: int = 40
     """Turns of every contender."""
     minutes: float = 5.0
     """Budget; turns that it does not reach are left out, and models that it does not reach are not run."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Of timm's model and the engine; bfloat16 is not run where the processor does not multiply it."""
     seed: int = 0
     """Of weights and images."""
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or self.minutes <= 0:
             raise UserError(f"batches and minutes must be positive, got {self.batches} and {self.minutes}")
+        if not self.dtypes or set(self.dtypes) - {"float32", "bfloat16"}:
+            raise UserError(f"dtypes must be float32 or bfloat16 on a CPU, got {', '.join(self.dtypes) or 'none'}")
         if self.threads < 1 or self.rounds < 3:
             raise UserError(f"threads must be positive and rounds 3 or more, got {self.threads} and {self.rounds}")
 
@@ -86,9 +93,30 @@ def bench_cpu(plan: CpuPlan, show: Callable[[str], None] = print, keep: Callable
     return result
 
 
-def _contenders(plan: CpuPlan) -> list[str]:
-    engines = [f"engine {recipe}" for recipe in (*plan.recipes, "dense")]
-    return [BASELINE, "timm eager, memory kept", *(["timm compiled"] if plan.compiled else []), *engines]
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a model's logits."""
+
+    how: Literal["eager", "memory kept", "compiled", "engine"]
+    """timm's model as it is, as it is after `keep_freed_memory`, or compiled; or an engine."""
+    recipe: str = "dense"
+    """Of an engine."""
+    dtype: str = "float32"
+    """It computes in."""
+
+    def __str__(self) -> str:
+        name = f"engine {self.recipe}" if self.how == "engine" else "timm eager, memory kept" if self.how == "memory kept" else f"timm {self.how}"
+        return name if self.dtype == "float32" else f"{name} {self.dtype}"
+
+
+BASELINE = Contender("eager")
+
+
+def _contenders(plan: CpuPlan) -> list[Contender]:
+    ways = [("eager", "dense"), ("memory kept", "dense"), *([("compiled", "dense")] if plan.compiled else [])]
+    ways += [("engine", recipe) for recipe in (*plan.recipes, "dense")]
+    made = [Contender(*way, dtype) for dtype in plan.dtypes for way in ways]
+    return [BASELINE, *(contender for contender in made if contender != BASELINE)]
 
 
 def _measure(name: str, batch: int, plan: CpuPlan, seconds: float) -> list[dict]:
@@ -100,9 +128,9 @@ def _measure(name: str, batch: int, plan: CpuPlan, seconds: float) -> list[dict]
         for contender, pipe in pipes.items():
             # One after the other: they must not disturb each other's first calls, which fix what is correct but also what is cached.
             pipe.send("start")
-            rows[contender] = {"contender": contender} | pipe.recv()
+            rows[contender] = {"contender": str(contender)} | pipe.recv()
         running = [c for c in contenders if rows[c]["status"] == "measured"]
-        times: dict[str, list[tuple[float, float]]] = {contender: [] for contender in running}
+        times: dict[Contender, list[tuple[float, float]]] = {contender: [] for contender in running}
         for turn in range(plan.rounds):
             if turn >= 3 and time.monotonic() > end:
                 break
@@ -125,7 +153,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def _workers(name: str, batch: int, plan: CpuPlan, contenders: list[str]) -> Iterator[dict]:
+def _workers(name: str, batch: int, plan: CpuPlan, contenders: list[Contender]) -> Iterator[dict]:
     # One server imports everything once; its children start in their own state, before any thread or allocation of torch's.
     context, pipes, processes = multiprocessing.get_context("forkserver"), {}, []
     context.set_forkserver_preload(["shiftaddvit.engine.bench_cpu"])
@@ -143,7 +171,7 @@ def _workers(name: str, batch: int, plan: CpuPlan, contenders: list[str]) -> Ite
             process.join()
 
 
-def _serve(pipe, contender: str, name: str, batch: int, plan: CpuPlan) -> None:
+def _serve(pipe, contender: Contender, name: str, batch: int, plan: CpuPlan) -> None:
     """A contender's process: check when told to start, then time one call whenever asked."""
     torch.set_num_threads(plan.threads)
     pipe.recv()
@@ -161,39 +189,50 @@ def _serve(pipe, contender: str, name: str, batch: int, plan: CpuPlan) -> None:
 
 
 @torch.inference_mode()
-def _build(contender: str, name: str, batch: int, plan: CpuPlan) -> tuple[dict, Callable[[], object]]:
+def _build(contender: Contender, name: str, batch: int, plan: CpuPlan) -> tuple[dict, Callable[[], object]]:
     """What is said of a contender before it is timed, and what is timed."""
     torch.manual_seed(plan.seed)
-    dense = timm.create_model(name).eval()
-    size = getattr(dense.patch_embed, "img_size", None) or (224, 224)
+    model, dtype = timm.create_model(name).eval(), getattr(torch, contender.dtype)
+    size = getattr(model.patch_embed, "img_size", None) or (224, 224)
     images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(plan.seed))
+    given = images.to(dtype)
+    if dtype == torch.bfloat16 and not onednn().bfloat16:
+        return {"status": "not run: this processor does not multiply bfloat16"}, lambda: None
+    if contender.how == "compiled" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return {"status": "not run: no C++ compiler"}, lambda: None
     start = time.monotonic()
-    if contender.startswith("engine"):
-        recipe = contender.removeprefix("engine ")
+    if contender.how == "engine":
         with torch.inference_mode(False):
-            model = dense if recipe == "dense" else converted(dense, recipe)
-            engine = deploy(model, device="cpu", image_size=tuple(size))
-        call = partial(engine, images)
+            model = model if contender.recipe == "dense" else converted(model, contender.recipe)
+            engine = deploy(model, device="cpu", image_size=tuple(size), dtype=dtype)
+        call = partial(engine, given)
     else:
-        model, call = dense, partial(_inference, dense, images)
-        if contender == "timm compiled":
-            if shutil.which(os.environ.get("CXX", "g++")) is None:
-                return {"status": "not run: no C++ compiler"}, call
-            call = partial(_inference, torch.compile(dense, dynamic=False), images)
-        if contender.endswith("memory kept"):
+        timed = model if dtype == torch.float32 else deepcopy(model).to(dtype)
+        if contender.how == "memory kept":
             keep_freed_memory()
+        call = partial(_inference, torch.compile(timed, dynamic=False) if contender.how == "compiled" else timed, given)
     y = call()
     seconds = time.monotonic() - start
     exact = model(images)
     for _ in range(2):
         call()
-    errors = (y - exact).abs().amax(1) / exact.abs().max()
     found = {
-        "status": "measured" if float(errors.median()) <= TOLERANCE and float(errors.max()) <= WORST else "wrong",
-        "seconds_to_first_result": seconds, "error": float(errors.median()), "worst_error": float(errors.max()),
-        "top1_agreement": float((y.argmax(1) == exact.argmax(1)).float().mean()),
+        "seconds_to_first_result": seconds, "top1_agreement": float((y.argmax(1) == exact.argmax(1)).float().mean()),
+        "dtype": contender.dtype, **_errors(y.float(), exact, partial(model, images), dtype),
     }  # fmt: skip
     return found, call
+
+
+def _errors(y: Tensor, exact: Tensor, model: Callable[[], Tensor], dtype: torch.dtype) -> dict:
+    """How far the logits are from the float32 model's, and whether that is near enough."""
+    if dtype == torch.float32:
+        errors = (y - exact).abs().amax(1) / exact.abs().max()
+        found = {"error": float(errors.median()), "worst_error": float(errors.max())}
+        return found | {"status": "measured" if found["error"] <= TOLERANCE and found["worst_error"] <= WORST else "wrong"}
+    with torch.autocast("cpu", dtype):
+        own = float((model().float() - exact).norm() / exact.norm())
+    found = {"error": float((y - exact).norm() / exact.norm()), "error_of_autocast": own}
+    return found | {"status": "measured" if found["error"] <= max(LEAST_TOLERANCE, 2 * own) else "wrong"}
 
 
 @torch.inference_mode()
@@ -202,9 +241,9 @@ def _inference(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _line(row: dict) -> str:
-    head = f"{row['model']:14s}{row['batch']:4d}  {row['contender']:28s}"
+    head = f"{row['model']:14s}{row['batch']:4d}  {row['contender']:34s}"
     if row["status"] != "measured":
-        return f"{head}{row['status']}" + (f": error {row['error']:.1e}, worst {row['worst_error']:.1e}" if "error" in row else "")
+        return f"{head}{row['status']}" + (f": error {row['error']:.1e}" if "error" in row else "")
     parts = [f"{row[clock]['median']:8.1f} ms [{row[clock]['low']:.1f} … {row[clock]['high']:.1f}]" for clock in ("wall", "processor")]
     if "wall_ratio" in row:
         parts = [f"{part} {row[f'{clock}_ratio']['median']:.2f}×" for part, clock in zip(parts, ("wall", "processor"), strict=True)]

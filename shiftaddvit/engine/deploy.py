@@ -6,6 +6,7 @@ from torch import nn
 from shiftaddvit.errors import UserError
 from shiftaddvit.ops.backends import Backend, choose_backend
 
+from .cpu import has_cpu_program
 from .cpu.onednn import onednn
 from .engine import Engine
 from .lower import lower
@@ -46,8 +47,9 @@ def deploy(
         raise UserError(f"int8=True needs device 'cpu', dtype float32 and backend 'auto' or 'cpu', got {where}, {dtype} and {backend!r}")
     if int8 and not onednn().integers:
         raise UserError("int8=True needs oneDNN's 8-bit linears, which this torch or processor does not have: deploy without int8")
-    if backend == "cpu" and dtype != torch.float32:
-        raise UserError(f"backend 'cpu' computes in float32, got {dtype}; use backend='auto'")
+    if backend == "cpu" and not has_cpu_program(dtype):
+        more = " and, on processors that multiply it, bfloat16" if dtype == torch.bfloat16 else ""
+        raise UserError(f"backend 'cpu' computes in float32{more}, got {dtype}; use backend='auto'")
     if pdl and (where.type != "cuda" or torch.cuda.get_device_capability(where) < (9, 0)):
         raise UserError(f"pdl=True needs a GPU of compute capability 9 or newer, the engine is on {where}")
     if tune_seconds < 0:

@@ -37,7 +37,7 @@ def _conditions(engine: Engine) -> list[str]:
         f"{name}, backend {backend}, CUDA graphs for batch {graphs}, torch {torch.__version__}",
     ]
     if engine.cpu_program is not None:
-        inputs = "inputs of exact 8-bit weights rounded to 8 bits" if engine.int8 else "every product in float32"
+        inputs = "inputs of exact 8-bit weights rounded to 8 bits" if engine.int8 else f"products in {str(engine.dtype).removeprefix('torch.')}"
         together = engine.cpu_program.images or "all"
         lines.append(f"{torch.backends.cpu.get_cpu_capability()} with {onednn()}, {os.cpu_count()} processors, {inputs}, {together} images together")
     if engine.device.type == "cuda":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
 
-from .cpu import CpuProgram, prepare
+from .cpu import CpuProgram, has_cpu_program, prepare
 from .lower import lower
 from .program import Launch, Program
 
@@ -34,8 +34,9 @@ class Engine:
     """`engine(images) -> logits`, made by `deploy`.
 
     On a GPU the batch sizes asked for are CUDA graphs; a smaller batch is padded to the next of them, a larger one runs uncaptured. On
-    a CPU in float32 the steps run in their fast form (`engine.cpu`), otherwise as they are. The result is a copy, in float32, on the engine's device. Several threads may call one engine: a lock
-    runs them one after the other. Engines share nothing.
+    a CPU the steps run in their fast form (`engine.cpu`) in float32, and in bfloat16 where the processor multiplies that, otherwise as they
+    are. The result is a copy, in float32, on the engine's device. Several threads may call one engine: a lock runs them one after the other.
+    Engines share nothing.
     """
 
     def __init__(self, program: Program, batch_sizes: tuple[int, ...], launch: Launch = Launch(), int8: bool = False):
@@ -102,8 +103,8 @@ class Engine:
 
     @property
     def _suits_cpu_program(self) -> bool:
-        """Whether the steps have a faster form than their ops: float32 on a CPU, with no other backend asked for."""
-        return self.device.type == "cpu" and self.dtype == torch.float32 and self.launch.backend in ("auto", "cpu")
+        """Whether the steps have a faster form than their ops: on a CPU in a dtype that it multiplies, with no other backend asked for."""
+        return self.device.type == "cpu" and has_cpu_program(self.dtype) and self.launch.backend in ("auto", "cpu")
 
     def _size_for(self, count: int) -> int:
         """The batch size that `count` images are run as; `count` itself where none is large enough."""

@@ -1,5 +1,5 @@
-"""A program on a CPU: the same steps through the libraries that torch brings (MKL, oneDNN), float32, no compiler (docs/engine.md)."""
+"""A program on a CPU: the same steps through the libraries that torch brings (MKL, oneDNN), no compiler (docs/engine.md)."""
 
-from .program import CpuProgram, prepare
+from .program import CpuProgram, has_cpu_program, prepare
 
-__all__ = ["CpuProgram", "prepare"]
+__all__ = ["CpuProgram", "has_cpu_program", "prepare"]

@@ -22,6 +22,12 @@ class Embed:
     """Packed for oneDNN where there is one."""
     packed: bool
     """Whether it is."""
+    bias: Float[Tensor, "out"] | None
+    """In the weight's dtype, as the next two."""
+    prefix: Float[Tensor, "P out"] | None
+    """As the step's."""
+    position: Float[Tensor, "tokens out"] | None
+    """As the step's."""
 
     @classmethod
     def of(cls, step: EmbedStep, int8: bool) -> "Embed":
@@ -31,9 +37,10 @@ class Embed:
         else:
             weight = step.weight.reshape(outputs, k, k, -1).permute(0, 3, 1, 2).contiguous()
         size = step.size or tuple((side - 1) * step.stride + k - 2 * step.padding for side in step.grid)
+        vectors = (t.to(weight.dtype) if t is not None else None for t in (step.bias, step.prefix, step.position))
         if onednn().convolutions:
-            return cls(step, packed(weight, (1, weight.shape[1], *size), step.stride, (step.padding,) * 2, 1), True)
-        return cls(step, weight, False)
+            return cls(step, packed(weight, (1, weight.shape[1], *size), step.stride, (step.padding,) * 2, 1), True, *vectors)
+        return cls(step, weight, False, *vectors)
 
     @property
     def how(self) -> str:
@@ -46,11 +53,11 @@ class Embed:
         else:
             size = step.size
         if self.packed:
-            y = convolve_tokens(x, size, self.weight, step.bias, step.grid, step.stride, (step.padding,) * 2, 1)
+            y = convolve_tokens(x, size, self.weight, self.bias, step.grid, step.stride, (step.padding,) * 2, 1)
         else:
             pictures = x.transpose(1, 2).unflatten(2, size)
-            y = F.conv2d(pictures, self.weight, step.bias, step.stride, step.padding).flatten(2).transpose(1, 2)
+            y = F.conv2d(pictures, self.weight, self.bias, step.stride, step.padding).flatten(2).transpose(1, 2)
         y = normalised(y, step.norm).view(y.shape) if step.norm is not None else y
-        if step.prefix is not None:
-            y = torch.cat([step.prefix.expand(len(y), -1, -1), y], dim=1)
-        return (y if step.position is None else y + step.position).contiguous()
+        if self.prefix is not None:
+            y = torch.cat([self.prefix.expand(len(y), -1, -1), y], dim=1)
+        return (y if self.position is None else y + self.position).contiguous()

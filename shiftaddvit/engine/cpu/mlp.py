@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..mlp import ConvMlpStep, MlpStep, RoutedMlpStep
 from ..weights import Activation, activate
-from .linear import Both, Dense, Linear, biases, crossing, linear, narrow, normalised, second, sorted_by_expert
+from .linear import (
+    Dense, Linear, biases, both_experts, crossing, linear, normalised, routes, second, selected, sorted_by_expert, stacked_experts, widened,
+)  # fmt: skip
 from .onednn import convolve_blocked, convolve_tokens, onednn, packed, to_blocked, tokens_of
 
 BLOCKED = 64
@@ -25,39 +27,32 @@ class BlockedConvMlp:
 
     step: ConvMlpStep
     """Its parameters."""
-    fc1: Dense | Both
-    """Makes the rows that the first convolution takes."""
+    router: Float[Tensor, "in 2"] | None
+    """Of fc1, as `routes` makes it; None for one expert."""
     convolutions: tuple[tuple[Tensor, Tensor | None], ...]
-    """Weight and bias, opaque: fc1, depthwise, fc2 (of both experts, and their logits)."""
+    """Weight and bias, opaque: fc1 as in `Both`, depthwise, fc2 as in `Stacked`."""
 
     @classmethod
     def of(cls, step: ConvMlpStep) -> "BlockedConvMlp":
-        fc1, fc2 = narrow(step.fc1), step.fc2
-        if fc2.router is None:
-            second_weight, second_bias = fc2.weight[0], fc2.bias[0] if fc2.bias is not None else None
-        else:
-            second_weight = torch.cat([*fc2.weight, fc2.router])
-            second_bias = torch.cat([*fc2.bias, fc2.bias.new_zeros(2)]) if fc2.bias is not None else None
-        convolutions = ((fc1.weight.t(), fc1.bias), (step.conv.t(), step.conv_bias), (second_weight, second_bias))
-        sides = (1, 3, 1)
-        return cls(step, fc1, tuple((_filters(w, side), _opaque(b)) for (w, b), side in zip(convolutions, sides, strict=True)))
+        router = routes(step.fc1.router, step.fc1.weight.dtype).t() if step.fc1.router is not None else None
+        fc1 = both_experts(step.fc1) if step.fc1.router is not None else (step.fc1.weight[0], biases(step.fc1)[0])
+        fc2 = stacked_experts(step.fc2) if step.fc2.router is not None else (step.fc2.weight[0], biases(step.fc2)[0])
+        convolutions = ((*fc1, 1), (step.conv.t(), step.conv_bias, 3), (*fc2, 1))
+        return cls(step, router, tuple((_filters(weight, side), _opaque(bias)) for weight, bias, side in convolutions))
 
     @property
     def how(self) -> str:
-        mixture = isinstance(self.fc1, Both) or self.step.fc2.router is not None
+        mixture = self.router is not None or self.step.fc2.router is not None
         return f"oneDNN blocked{', both experts' if mixture else ''}"
 
     def run(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         step, (fc1, depthwise, fc2) = self.step, self.convolutions
         a = normalised(x, step.norm)
-        a = self.fc1.operand(a) if isinstance(self.fc1, Both) else a
+        a = widened(a, self.router) if self.router is not None else a
         h = convolve_blocked(to_blocked(a.unflatten(0, (len(x), -1)), step.grid), *fc1, 0, 1)
         h = F.gelu(convolve_blocked(h, *depthwise, 1, len(step.conv_bias)))
-        y = tokens_of(convolve_blocked(h, *fc2, 0, 1))
-        if step.fc2.router is not None:
-            width = x.shape[-1]
-            y = torch.where((y[..., -1] > y[..., -2]).unsqueeze(-1), y[..., width : 2 * width], y[..., :width])
-        y = y.add_(x)
+        y = tokens_of(convolve_blocked(h, *fc2, 0, 1)).flatten(0, 1)
+        y = (selected(y, x.shape[-1]) if step.fc2.router is not None else y).view(x.shape).add_(x)
         return normalised(y, step.closing).view(x.shape)
 
 
@@ -71,6 +66,8 @@ class ConvMlp:
     """Over rows."""
     filters: Float[Tensor, "hidden 1 3 3"]
     """Packed for oneDNN."""
+    bias: Float[Tensor, "hidden"]
+    """Of the convolution."""
     fc2: Linear
     """Over rows."""
 
@@ -78,7 +75,8 @@ class ConvMlp:
     def of(cls, step: ConvMlpStep, int8: bool) -> "ConvMlp":
         hidden = len(step.conv_bias)
         filters = packed(step.conv.t().reshape(hidden, 1, 3, 3), (1, hidden, *step.grid), 1, (1, 1), hidden)
-        return cls(step, linear(step.fc1, int8), filters, linear(step.fc2, int8))
+        bias = step.conv_bias.to(step.conv.dtype)
+        return cls(step, linear(step.fc1, int8), filters, bias, linear(step.fc2, int8))
 
     @property
     def how(self) -> str:
@@ -87,7 +85,7 @@ class ConvMlp:
     def run(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         step, grid = self.step, self.step.grid
         h = self.fc1(normalised(x, step.norm)).unflatten(0, (len(x), -1))
-        h = convolve_tokens(h, grid, self.filters, step.conv_bias, grid, 1, (1, 1), len(step.conv_bias))
+        h = convolve_tokens(h, grid, self.filters, self.bias, grid, 1, (1, 1), len(self.bias))
         y = self.fc2(_activated(h, "gelu").flatten(0, 1), x.reshape(-1, x.shape[-1]))
         return normalised(y, step.closing).view(x.shape)
 
@@ -97,7 +95,7 @@ def conv_mlp(step: ConvMlpStep, int8: bool) -> BlockedConvMlp | ConvMlp | None:
     if not (step.fused and step.fc1.fusable and not step.relu):
         return None
     mixture = step.fc1.router is not None or step.fc2.router is not None
-    if onednn().blocked and crossing(step.fc1) < (BLOCKED_MIXTURE if mixture else BLOCKED):
+    if onednn().blocked and not onednn().linears and crossing(step.fc1) < (BLOCKED_MIXTURE if mixture else BLOCKED):
         return BlockedConvMlp.of(step)
     return ConvMlp.of(step, int8) if onednn().convolutions else None
 
@@ -143,18 +141,23 @@ class RoutedMlp:
     """Its parameters."""
     experts: tuple[tuple[Dense, Dense], ...]
     """fc1 and fc2 of each."""
-    how: str = "MKL, rows by expert"
+    router: Float[Tensor, "in 2"]
+    """As `routes` makes it."""
+
+    @property
+    def how(self) -> str:
+        return f"{self.experts[0][0].how}, rows by expert"
 
     @classmethod
     def of(cls, step: RoutedMlpStep, int8: bool) -> "RoutedMlp | None":
         if not step.fused:
             return None
-        columns = [[Dense(w.t(), b) for w, b in zip(part.weight, biases(part), strict=True)] for part in (step.first[0], step.second[0])]
-        return cls(step, tuple(zip(*columns, strict=True)))
+        columns = [[Dense.of(w, b) for w, b in zip(part.weight, biases(part), strict=True)] for part in (step.first[0], step.second[0])]
+        return cls(step, tuple(zip(*columns, strict=True)), routes(step.router, step.first[0].weight.dtype).t())
 
     def run(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         a = normalised(x, self.step.norm)
-        order, first = sorted_by_expert(second(a, self.step.router.t()))
+        order, first = sorted_by_expert(second(a @ self.router))
         y = x.reshape(a.shape).clone()
         for (fc1, fc2), index in zip(self.experts, (order[:first], order[first:]), strict=True):
             if len(index):

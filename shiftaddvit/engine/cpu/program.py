@@ -16,9 +16,10 @@ from .attention import LinearAttention, SoftmaxAttention
 from .embed import Embed
 from .memory import keep_freed_memory
 from .mlp import PlainMlp, RoutedMlp, conv_mlp
+from .onednn import onednn
 
-CACHED = 16 * 2**20
-"""Bytes of the widest activation of images that run together: a part of the last cache, and blocks that the heap keeps."""
+CACHED = 4 * 2**20
+"""Values of the widest activation of images that run together: a part of the last cache, and blocks that the heap keeps."""
 
 
 class Runner(Protocol):
@@ -74,6 +75,11 @@ class CpuProgram:
         return x
 
 
+def has_cpu_program(dtype: torch.dtype) -> bool:
+    """Whether this processor computes in `dtype` faster through `prepare` than through the ops."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn().bfloat16)
+
+
 @torch.no_grad()
 def prepare(program: Program, int8: bool = False) -> CpuProgram:
     """The program on a CPU. It reads the program's weights where they lie and copies those that oneDNN wants in its own layout, so
@@ -91,7 +97,7 @@ def _together(program: Program) -> int:
     """Images whose widest activation fits the cache."""
     steps = [step for step in program.steps if isinstance(step, ConvMlpStep | MlpStep)]
     widest = max((_tokens(step) * step.fc1.weight.shape[1] for step in steps), default=1)
-    return max(1, CACHED // (4 * widest))
+    return max(1, CACHED // widest)
 
 
 def _tokens(step: ConvMlpStep | MlpStep) -> int:
