@@ -271,6 +271,7 @@ def test_backend_cpu_is_refused_in_half_precision(monkeypatch):
 # bfloat16
 
 
+@needs_bfloat16
 @torch.no_grad()
 def test_a_router_in_two_parts_chooses_as_in_float32():
     generator = torch.Generator().manual_seed(5)
