@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from engine_models import FAMILIES, PLAIN, PYRAMID, SIZE, converted, dense, images, randomised
+from ops_checks import Capturable
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.vision_transformer import VisionTransformer
@@ -73,6 +74,13 @@ def test_networks_of_adders_are_right_as_a_whole_and_step_by_step(family: str, r
         expected = step.run(x, Launch("reference"))
         assert (runner.run(x) - expected).norm() < 1e-3 * expected.norm(), step.name
         x = expected
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("pvt_v2", recipe) for recipe in RECIPES] + [("pvt_v1", "ours-quant-moe"), ("vit", "ours-quant-moe")])
+def test_every_program_can_be_captured(family: str, recipe: str):
+    program = lower(converted(family, recipe), torch.float32, SIZE)
+    with Capturable():
+        program.run(images(2), Launch("reference"))
 
 
 @pytest.mark.parametrize("norm", ("layer", "batch"))
