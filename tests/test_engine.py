@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import timm
 import torch
-from engine_models import FAMILIES, PLAIN, PYRAMID, SIZE, converted, dense, images, randomised
+from engine_models import ADDERS, FAMILIES, PAIRS, PLAIN, PYRAMID, SIZE, converted, dense, images, randomised
 from ops_checks import Capturable
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
@@ -49,11 +49,8 @@ def engine_of(model: nn.Module, **more) -> Engine:
     return deploy(model, image_size=SIZE, **more)
 
 
-ADDERS = ("addernet", "shiftaddnet")
-"""Networks of sums of nearly equal parts, each behind a norm: images that differ by 1e-6 give logits that differ by up to a half."""
 CASCADE = 5e-3
 """For shifts in front of adders: the shift's convolution sums in another order in the engine, on every backend."""
-PAIRS = [(family, recipe) for family in FAMILIES for recipe in RECIPES if (family, recipe) != ("vit", "sra-linear") and recipe not in ADDERS]
 
 
 @pytest.mark.parametrize(("family", "recipe"), PAIRS)
