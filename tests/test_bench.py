@@ -8,6 +8,7 @@ import torch
 from shiftaddvit.bench import TrainPlan, bench_training, regressions
 from shiftaddvit.bench import train as training
 from shiftaddvit.errors import UserError
+from shiftaddvit.ops.timing import failure_noted
 
 TINY = TrainPlan(models=("deit_tiny_patch16_224",), recipes=("dense", "ours-quant-moe"), modes=("eager",), batch=1, image_size=32, precision="no", steps=2, warmup=1)
 
@@ -100,10 +101,59 @@ def test_results_of_different_devices_are_not_compared():
         regressions(STORED, {"rows": 3})
 
 
-
-
 def test_a_look_at_the_first_batch_is_no_step():
     batches = training.TimedBatches(TINY, 10, torch.device("cpu"))
     next(iter(batches))
     assert len(list(batches)) == 3
     assert len(batches.step_us(warmup=1)) == 2
+
+
+def test_a_contender_that_fails_costs_only_its_own_row(monkeypatch):
+    real = training._measure
+
+    def broken(name, recipe, mode, plan, device):
+        if recipe == "dense":
+            raise RuntimeError("no kernel\nfor this")
+        return real(name, recipe, mode, plan, device)
+
+    monkeypatch.setattr(training, "_measure", broken)
+    dense, moe = bench_training(TINY, show=lambda line: None)["rows"]
+    assert dense["status"] == "failed: RuntimeError: no kernel" and "median_us" not in dense
+    assert moe["status"] == "measured" and "time_against_dense" not in moe
+
+
+def test_what_kernels_raise_is_noted_and_mistakes_in_code_are_not():
+    from triton.runtime.errors import OutOfResources
+
+    row: dict = {}
+    with failure_noted(row):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+    assert row["status"].startswith("failed: OutOfResources: out of resource: shared memory")
+    with pytest.raises(AttributeError), failure_noted(row):
+        raise AttributeError("a misspelt name")
+
+
+def test_ops_are_kept_case_by_case_and_a_failure_costs_one_row(monkeypatch):
+    from shiftaddvit.ops import bench as ops
+    from shiftaddvit.ops.bench_cases import Case
+    from shiftaddvit.ops.timing import Timing
+
+    def refuses(x):
+        raise RuntimeError("does not fit")
+
+    def cases(batches):
+        contenders = {"ours": torch.neg, "refuses": refuses, "wrong": torch.abs}
+        return (Case("op", str(batch), lambda: (torch.ones(4),), torch.neg, contenders, 1, 1) for batch in batches)
+
+    for name, value in (
+        ("CASES", {"op": cases}), ("ceilings", lambda device: {"bytes_per_s": 1e12, "bf16_flop_per_s": 1e15}),
+        ("conditions", lambda *_, **more: more), ("time_call", lambda *_: Timing(1.0, 1.0, 1.0, 1, 1)),
+    ):  # fmt: skip
+        monkeypatch.setattr(ops, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kept, lines = [], []
+    result = ops.bench_ops(batches=(1, 2), show=lines.append, keep=lambda found: kept.append(len(found["rows"])))
+    assert kept == [3, 6]
+    ours, failed, wrong = result["rows"][:3]
+    assert "median_us" in ours and failed["status"] == "failed: RuntimeError: does not fit" and wrong["error"] == 2 and "median_us" not in wrong
+    assert "does not fit" in lines[2] and "WRONG" in lines[3]

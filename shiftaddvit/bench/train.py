@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
+from shiftaddvit.ops.timing import failure_noted
 from shiftaddvit.reparam import recipes, reparameterize
 from shiftaddvit.reparam.architecture import create_model
 from shiftaddvit.train import FinetuneConfig, StageConfig, finetune
@@ -115,8 +116,11 @@ def bench_training(plan: TrainPlan, show: Callable[[str], None] = print, keep: C
     for name in plan.models:
         for recipe in plan.recipes:
             for mode in plan.modes:
-                row = {"model": name, "recipe": recipe, "mode": mode, "batch": plan.batch}
-                rows.append(row | (_measure(name, recipe, mode, plan, device) if time.monotonic() < end else {"status": "not run: out of time"}))
+                row = {"model": name, "recipe": recipe, "mode": mode, "batch": plan.batch, "status": "not run: out of time"}
+                if time.monotonic() < end:
+                    with failure_noted(row):
+                        row |= _measure(name, recipe, mode, plan, device)
+                rows.append(row)
                 _check(rows)
                 _compare(rows)
                 show(_line(rows[-1]))

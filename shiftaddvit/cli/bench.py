@@ -44,8 +44,7 @@ def ops(
     keep, stored = _files("ops-bench", as_json, against, overwrite)
     from shiftaddvit.ops.bench import bench_ops
 
-    result = bench_ops(tuple(names or ()), tuple(batch or ((32,) if quick else (1, 32, 256))), compiled=not quick, show=typer.echo)
-    keep(result)
+    result = bench_ops(tuple(names or ()), tuple(batch or ((32,) if quick else (1, 32, 256))), compiled=not quick, show=typer.echo, keep=keep)
     _judge(result, stored, tolerance)
 
 
@@ -104,15 +103,12 @@ def train(
     keep, stored = _files("train-bench", as_json, against, overwrite)
     from shiftaddvit.bench import TrainPlan, bench_training
 
-    from .failures import told_when_memory_ends
-
     chosen = ("dense", *(name for name in _known(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes) if name != "dense"))
     plan = TrainPlan(
         tuple(models or ("pvt_v2_b0",)), chosen, ("eager", "compiled") if compiled else ("eager",), batch_size, image_size, precision,
         steps=15 if quick else 30, minutes=4.0 if quick else 20.0,
     )  # fmt: skip
-    with told_when_memory_ends(batch_size):
-        result = bench_training(plan, show=typer.echo, keep=keep)
+    result = bench_training(plan, show=typer.echo, keep=keep)
     _judge(result, stored, tolerance)
 
 
@@ -181,12 +177,15 @@ def _files(kind: str, as_json: Path | None, against: Path | None, overwrite: boo
 def _judge(result: dict, stored: dict | None, tolerance: float) -> None:
     from shiftaddvit.bench import regressions
 
-    wrong = [row for row in result["rows"] if str(row.get("status", "")).startswith("wrong") or row.get("error", 0.0) > 0 and "median_us" not in row]
+    wrong = [
+        row for row in result["rows"]
+        if str(row.get("status", "")).startswith(("wrong", "failed")) or row.get("error", 0.0) > 0 and "median_us" not in row
+    ]  # fmt: skip
     slower = regressions(result, stored, tolerance) if stored is not None else []
     for found in slower:
         typer.echo(f"slower than stored: {found}", err=True)
     if stored is not None and not slower:
         typer.echo(f"nothing is slower than stored by more than {tolerance:.0%} and its spread")
     if wrong or slower:
-        typer.echo(f"{len(wrong)} wrong, {len(slower)} slower", err=True)
+        typer.echo(f"{len(wrong)} wrong or failed, {len(slower)} slower", err=True)
         raise typer.Exit(SLOWER_OR_WRONG)

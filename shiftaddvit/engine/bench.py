@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import shiftaddvit.models  # noqa: F401  (registers PVTv1 with timm)
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
-from shiftaddvit.ops.timing import Timing, copies_for, time_call
+from shiftaddvit.ops.timing import Timing, copies_for, failure_noted, time_call
 
 from .bench_subjects import converted
 from .deploy import deploy
@@ -74,7 +74,9 @@ def bench_models(plan: Plan, show: Callable[[str], None] = print, keep: Callable
                 if time.monotonic() > end:
                     rows.append({"model": name, "batch": batch, "contender": row.contender, "status": "not run: out of time"})
                 else:
-                    rows.append({"model": name, "batch": batch} | _measure(row, batch, plan))
+                    rows.append({"model": name, "batch": batch, "contender": row.contender})
+                    with failure_noted(rows[-1]):
+                        rows[-1] |= _measure(row, batch, plan)
                     torch.cuda.empty_cache()
                 if row.contender == "timm float16 compiled":
                     baseline = rows[-1].get("median_us")

@@ -11,7 +11,7 @@ from shiftaddvit.errors import UserError, unknown
 
 from .bench_blocks import attention_cases, mlp_cases, patch_cases
 from .bench_cases import Case, adder_cases, matadd_cases, matshift_cases, moe_cases
-from .timing import ceilings, copies_for, time_call
+from .timing import ceilings, copies_for, failure_noted, time_call
 
 CASES: dict[str, Callable[[tuple[int, ...]], Iterator[Case]]] = {
     "matshift": matshift_cases,
@@ -30,8 +30,10 @@ def bench_ops(
     compiled: bool = True,
     seed: int = 0,
     show: Callable[[str], None] = print,
+    keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
-    """Measure the named ops (all when empty) and return a JSON-able dict: conditions, ceilings and one row a contender.
+    """Measure the named ops (all when empty) and return a JSON-able dict: conditions, ceilings and one row a contender. `keep` gets the
+    result so far after every case.
 
     A row has the time's median and tenth and ninetieth percentiles in µs, the error against the exact result, achieved bytes/s, the
     floor (the larger of bytes over copy bandwidth and operations over matrix rate) and the share of it that was reached.
@@ -45,11 +47,13 @@ def bench_ops(
     torch.backends.cuda.matmul.allow_tf32 = False
     limits = ceilings(torch.device("cuda"))
     show(f"copy {limits['bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {limits['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s")
-    rows = []
+    rows: list[dict] = []
+    result = {"conditions": conditions("cuda", seed=seed, batches=list(batches)), "ceilings": limits, "rows": rows}
     for op in ops or CASES:
         for case in CASES[op](batches):
             rows += measure(case, limits, compiled, show)
-    return {"conditions": conditions("cuda", seed=seed, batches=list(batches)), "ceilings": limits, "rows": rows}
+            keep(result)
+    return result
 
 
 @torch.no_grad()
@@ -64,14 +68,15 @@ def measure(case: Case, limits: dict[str, float], compiled: bool, show: Callable
         if not compiled and "compile" in name:
             continue
         row = {"op": case.op, "shape": case.shape, "contender": name, "bytes": case.bytes, "flop": case.flop, "floor_us": floor}
-        if name not in case.unchecked:
-            row["error"] = relative_error(call(*first), expected, case.units.get(name, 1.0))
-        if row.get("error", 0.0) <= case.tolerance:
-            timing = time_call(call, inputs)
-            row |= asdict(timing) | {
-                "bytes_per_s": case.bytes / (timing.median_us * 1e-6),
-                "share_of_floor": floor / timing.median_us,
-            }
+        with failure_noted(row):
+            if name not in case.unchecked:
+                row["error"] = relative_error(call(*first), expected, case.units.get(name, 1.0))
+            if row.get("error", 0.0) <= case.tolerance:
+                timing = time_call(call, inputs)
+                row |= asdict(timing) | {
+                    "bytes_per_s": case.bytes / (timing.median_us * 1e-6),
+                    "share_of_floor": floor / timing.median_us,
+                }
         rows.append({key: value for key, value in row.items() if value == value})
         show(_line(row))
     return rows
@@ -88,7 +93,7 @@ def relative_error(y: Tensor, expected: Tensor, unit: float = 1.0) -> float:
 def _line(row: dict) -> str:
     name = f"{row['op']:17s}{row['shape']:46s}{row['contender']:26s}"
     if "median_us" not in row:
-        return f"{name}WRONG: error {row['error']:.1e}"
+        return name + row.get("status", f"WRONG: error {row.get('error', 1e30):.1e}")
     error = f"{row['error']:.0e}" if "error" in row else "-"
     return (
         f"{name}{row['median_us']:9.2f} µs [{row['low_us']:.2f} … {row['high_us']:.2f}]  {row['bytes_per_s'] / 1e12:5.2f} TB/s  "

@@ -1,12 +1,16 @@
 """Timing calls on a GPU: CUDA-graph replays over rotating inputs, medians with their spread, and the device's two ceilings."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from statistics import median, quantiles
 
 import torch
 from torch import Tensor
+
+from shiftaddvit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,22 @@ def _replay(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
         mark.record()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False)]
+
+
+@contextmanager
+def failure_noted(row: dict[str, object]) -> Iterator[None]:
+    """A contender that cannot be built, launched or held in memory gets the status `failed: …` in its row, so that the others are still
+    measured on a device that is lent for minutes."""
+    kinds: tuple[type[Exception], ...] = (RuntimeError, UserError)
+    if find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        kinds += (TritonError,)
+    try:
+        yield
+    except kinds as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        row["status"] = f"failed: {type(error).__name__}{': ' if lines else ''}{lines[0][:200] if lines else ''}"
 
 
 def copies_for(tensors: Sequence[Tensor | None], most: int = 48) -> int:

@@ -20,7 +20,7 @@ from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
 from shiftaddvit.files import write_json
 from shiftaddvit.ops.tiling import Tile, key, save_tuned, trial
-from shiftaddvit.ops.timing import ceilings
+from shiftaddvit.ops.timing import ceilings, failure_noted
 from shiftaddvit.reparam import reparameterize
 
 from ..batch import TrainingScene, draw_batch
@@ -84,18 +84,23 @@ def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Calla
         if time.monotonic() > end:
             rows.append(entry | {"status": "not run: out of time"})
         else:
-            rows.append(entry | _measure(_model(row, plan), scene, plan, engine, precision, chunk))
+            rows.append(entry)
+            with failure_noted(entry):
+                entry |= _measure(_model(row, plan), scene, plan, engine, precision, chunk)
             torch.cuda.empty_cache()
         show(" ".join(f"{name} {value}" for name, value in rows[-1].items() if name != "steps"))
         keep(result)
-    result["training_step_ms"] = {}
-    for name, compile, needs in (("eager", False, 20.0), ("compiled", True, 150.0)):
-        if time.monotonic() < end - needs:
-            result["training_step_ms"][name] = training_step(scene, plan, compile)
-            show(f"training step, {name}: {result['training_step_ms'][name]:.1f} ms")
     result["ratios"] = ratios(rows)
     show(str(result["ratios"]))
-    keep(result)
+    result["training_step_ms"] = {}
+    for name, compile, needs in (("eager", False, 20.0), ("compiled", True, 150.0)):
+        step: dict = {"status": "not run: out of time"}
+        if time.monotonic() < end - needs:
+            with failure_noted(step):
+                step = {"status": "measured", "ms": training_step(scene, plan, compile)}
+        result["training_step_ms"][name] = step.get("ms")
+        show(f"training step, {name}: " + (f"{step['ms']:.1f} ms" if "ms" in step else step["status"]))
+        keep(result)
     return result
 
 
@@ -230,20 +235,16 @@ def tune_tiles(model: nn.Module, scene: Scene, plan: Plan, show: Callable[[str],
             [Tile(m, c, program.feature_channels, warps) for m, warps in ((32, 4), (64, 4), (128, 8))],
         ),
     }
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
-
     best: dict[str, tuple[Tile, float]] = {}
     for problem, (call, tiles) in trials.items():
         for tile in tiles:
-            with trial(device, problem, tile):
-                try:
-                    taken = _alone(call)
-                except (OutOfResources, CompilationError) as error:
-                    show(f"{problem} {tile}: {str(error).splitlines()[0]}")
-                    continue
-            if problem not in best or taken < best[problem][1]:
-                best[problem] = (tile, taken)
+            tried: dict = {}
+            with trial(device, problem, tile), failure_noted(tried):
+                tried["us"] = _alone(call)
+            if "us" not in tried:
+                show(f"{problem} {tile}: {tried['status']}")
+            elif problem not in best or tried["us"] < best[problem][1]:
+                best[problem] = (tile, tried["us"])
         if problem in best:
             show(f"{problem}: {best[problem][0]} {best[problem][1]:.0f} µs")
     save_tuned(device, {problem: tile for problem, (tile, _) in best.items()})
