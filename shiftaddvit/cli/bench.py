@@ -179,9 +179,9 @@ def _files(kind: str, as_json: Path | None, against: Path | None, overwrite: boo
 
 
 def _judge(result: dict, stored: dict | None, tolerance: float) -> None:
-    from shiftaddvit.bench import regressions
+    from shiftaddvit.bench import is_wrong, regressions
 
-    wrong = [row for row in result["rows"] if str(row.get("status", "")).startswith("wrong") or row.get("error", 0.0) > 0 and "median_us" not in row]
+    wrong = [row for row in result["rows"] if is_wrong(row)]
     slower = regressions(result, stored, tolerance) if stored is not None else []
     for found in slower:
         typer.echo(f"slower than stored: {found}", err=True)
