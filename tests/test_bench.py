@@ -52,6 +52,14 @@ def test_a_mode_with_another_loss_has_no_time(monkeypatch):
     assert is_wrong(compiled) and compiled["status"].startswith("wrong") and "median_us" not in compiled
 
 
+def test_percentiles_of_two_steps_lie_between_them(monkeypatch):
+    monkeypatch.setattr(training, "finetune", lambda *args, **kwargs: list(args[1]))
+    monkeypatch.setattr(training, "read_log", lambda path: [{"event": "step", "loss": 2.0}])
+    monkeypatch.setattr(training.TimedBatches, "step_us", lambda self, warmup: [10.0, 1000.0])
+    (row,) = bench_training(TrainPlan(**(vars(TINY) | {"recipes": ("dense",)})), show=lambda line: None)["rows"]
+    assert 10 <= row["low_us"] <= row["median_us"] <= row["high_us"] <= 1000
+
+
 def test_nothing_is_measured_after_the_budget():
     result = bench_training(TrainPlan(models=TINY.models, recipes=("dense",), minutes=-1.0), show=lambda line: None)
     assert [row["status"] for row in result["rows"]] == ["not run: out of time"] * 2
@@ -140,8 +148,8 @@ def test_an_op_with_a_wrong_result_has_no_time(result: float, status: str, monke
 class Answers:
     """Stands for the process of a contender that has `error` and takes `milliseconds`."""
 
-    def __init__(self, status: str, error: float, milliseconds: float):
-        self.answer, self.found, self.times = None, {"status": status, "error": error, "worst_error": error}, (milliseconds, 2 * milliseconds)
+    def __init__(self, contender: bench_cpu.Contender, status: str, error: float, milliseconds: float):
+        self.answer, self.found, self.times = None, {"dtype": contender.dtype, "status": status, "error": error}, (milliseconds, 2 * milliseconds)
 
     def send(self, word: str) -> None:
         self.answer = self.found | {"seconds_to_first_result": 1.0, "top1_agreement": 1.0} if word == "start" else self.times
@@ -157,7 +165,7 @@ def bench(monkeypatch, tmp_path):
     def run(status: str, milliseconds: float = 5.0, *more: str):
         @contextmanager
         def workers(name, batch, plan, contenders):
-            yield {one: Answers(status if str(one) == "engine dense" else "measured", 1e-6, milliseconds) for one in contenders}
+            yield {one: Answers(one, status if str(one) == "engine dense" else "measured", 1e-6, milliseconds) for one in contenders}
 
         monkeypatch.setattr(bench_cpu, "_workers", workers)
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
@@ -173,6 +181,12 @@ def test_right_contenders_on_a_cpu_are_not_called_wrong(bench):
     assert not any(is_wrong(row) for row in result["rows"]) and "wrong" not in outcome.output
 
 
+def test_a_dense_engine_that_is_asked_for_is_measured_once(bench):
+    _, result, _ = bench("measured", 5.0, "--recipe", "dense", "--recipe", "mlp-shift")
+    engines = [row["contender"] for row in result["rows"] if row["contender"].startswith("engine") and row["dtype"] == "float32"]
+    assert engines == ["engine mlp-shift", "engine dense"]
+
+
 def test_a_wrong_contender_on_a_cpu_ends_with_3(bench):
     outcome, result, _ = bench("wrong")
     assert outcome.exit_code == 3 and outcome.stderr.endswith("1 wrong, 0 slower\n")
@@ -183,7 +197,7 @@ def test_a_slower_result_of_a_cpu_is_flagged(bench):
     _, result, stored = bench("measured", 5.0)
     outcome, _, _ = bench("measured", 6.0, "--against", str(stored))
     assert outcome.exit_code == 3 and f"0 wrong, {len(result['rows'])} slower" in outcome.stderr
-    assert "pvt_v2_b0 batch 2 engine dense: 5000.0 → 6000.0 µs (+20%)" in outcome.stderr
+    assert "pvt_v2_b0 batch 2 engine dense float32: 5000.0 → 6000.0 µs (+20%)" in outcome.stderr
 
 
 def test_a_report_reads_the_result_of_a_cpu(bench):

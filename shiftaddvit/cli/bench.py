@@ -78,13 +78,14 @@ def model(
     if device == "cpu":
         from shiftaddvit.engine.bench_cpu import CpuPlan, bench_cpu
 
-        chosen = _known(recipe, ("ours-quant-moe", "ours-quant-shift"))
+        chosen = _converted(recipe, ("ours-quant-moe", "ours-quant-shift"))
         plan = CpuPlan(names, chosen, tuple(batch or (1, 8)), threads, compiled, 20 if quick else 60, minutes)
         result = bench_cpu(plan, show=typer.echo, keep=keep)
     else:
         from shiftaddvit.engine.bench import Plan, bench_models
 
-        plan = Plan(names, _known(recipe, ("ours-quant-moe",)), tuple(batch or (1, 32, 256)), dtype, compiled=compiled, steps=steps, minutes=minutes)
+        chosen = _converted(recipe, ("ours-quant-moe",))
+        plan = Plan(names, chosen, tuple(batch or (1, 32, 256)), dtype, compiled=compiled, steps=steps, minutes=minutes)
         result = bench_models(plan, show=typer.echo, keep=keep)
     _judge(result, stored, tolerance)
 
@@ -110,7 +111,7 @@ def train(
 
     from .failures import told_when_memory_ends
 
-    chosen = ("dense", *(name for name in _known(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes) if name != "dense"))
+    chosen = ("dense", *_converted(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes))
     plan = TrainPlan(
         tuple(models or ("pvt_v2_b0",)), chosen, ("eager", "compiled") if compiled else ("eager",), batch_size, image_size, precision,
         steps=15 if quick else 30, minutes=4.0 if quick else 20.0,
@@ -161,6 +162,11 @@ def _known(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
         if name != "dense" and name not in recipes:
             raise unknown("recipe", name, [*recipes, "dense"])
     return tuple(given or usual)
+
+
+def _converted(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the dense model, which is measured in any case."""
+    return tuple(name for name in _known(given, usual) if name != "dense")
 
 
 def _files(kind: str, as_json: Path | None, against: Path | None, overwrite: bool) -> tuple[Callable[[dict], None], dict | None]:
