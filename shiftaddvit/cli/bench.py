@@ -57,7 +57,10 @@ def model(
     recipe: Recipes = None,
     batch: Batches = None,
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU where there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the engine on a GPU: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32 on a GPU, of the engine; bfloat16 or float32 on a CPU. (default: bfloat16, on a CPU both)"),
+    ] = None,
     threads: Annotated[int, typer.Option(help="On a CPU.")] = 2,
     compiled: Compiled = True,
     steps: Annotated[bool, typer.Option(help="On a GPU also time every step of the engine.")] = True,
@@ -79,13 +82,14 @@ def model(
         from shiftaddvit.engine.bench_cpu import CpuPlan, bench_cpu
 
         chosen = _converted(recipe, ("ours-quant-moe", "ours-quant-shift"))
-        plan = CpuPlan(names, chosen, tuple(batch or (1, 8)), threads, compiled, 20 if quick else 60, minutes)
+        dtypes = (dtype,) if dtype else CpuPlan.dtypes
+        plan = CpuPlan(names, chosen, tuple(batch or (1, 8)), threads, compiled, 20 if quick else 60, minutes, dtypes)
         result = bench_cpu(plan, show=typer.echo, keep=keep)
     else:
         from shiftaddvit.engine.bench import Plan, bench_models
 
         chosen = _converted(recipe, ("ours-quant-moe",))
-        plan = Plan(names, chosen, tuple(batch or (1, 32, 256)), dtype, compiled=compiled, steps=steps, minutes=minutes)
+        plan = Plan(names, chosen, tuple(batch or (1, 32, 256)), dtype or Plan.dtype, compiled=compiled, steps=steps, minutes=minutes)
         result = bench_models(plan, show=typer.echo, keep=keep)
     _judge(result, stored, tolerance)
 
