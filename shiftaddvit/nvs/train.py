@@ -21,6 +21,7 @@ from shiftaddvit.train.progress import TrainingProgress
 from shiftaddvit.train.run_folder import CHECKPOINT, MODEL, RunFolder, told_when_full
 
 from .batch import Batch, TrainingScene, draw_batch, step_seed
+from .card import ViewFacts
 from .check import HeldOut
 from .gnt import GNT
 from .memory import Chunk, first_chunk
@@ -158,6 +159,7 @@ class _Training:
         self.chunk = Chunk(min(config.rays, first_chunk(model.bytes_per_ray(True), device)))
         self.held_out = HeldOut.of(scenes[0].scene, device)
         self.step, self.seconds = 0, 0.0
+        self.looked = TrainResult(0, 0.0, None, None)
         self.balance: Balance | None = None
         if config.compile and not expert_costs(model):
             for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
@@ -238,6 +240,7 @@ class _Training:
         held_out = self.held_out.psnr(self.model, self.scenes[0].bank, self.config.precision) if self.held_out else None
         result = TrainResult(self.step, self.seconds, -10 * math.log10(max(error, 1e-12)), held_out)
         self.folder.log(asdict(result) | {"rays_at_once": self.chunk.rays})
+        self.looked = result
         return result
 
     def _stop(self, why: str) -> None:
@@ -253,11 +256,23 @@ class _Training:
             if not torch.isfinite(parameter).all():
                 self._stop(f"parameter {name} is not finite")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
-        scene = self.scenes[0].scene
-        trained = {"scenes": [one.scene.name for one in self.scenes], "width": scene.width, "steps": self.step, "seconds": self.seconds}
         with told_when_full(self.folder.path):
-            save_model(self.model, self.folder.path / MODEL, trained)
+            save_model(self.model, self.folder.path / MODEL, self._facts())
         self.folder.save_checkpoint(state)  # last: a run with a checkpoint has a model
+
+    def _facts(self) -> ViewFacts:
+        scene = self.scenes[0].scene
+        facts = ViewFacts(
+            tuple(one.scene.name for one in self.scenes), scene.width, scene.height, sum(len(one.scene.train) for one in self.scenes),
+            self.step, self.seconds, self.config.rays,
+        )  # fmt: skip
+        if self.held_out is None or self.looked.steps != self.step:
+            return facts
+        measured = conditions(self.device, precision=self.config.precision)
+        return replace(
+            facts, psnr=self.looked.held_out_psnr, held_out_views=len(self.held_out.views), held_out_pixels=self.held_out.pixels,
+            conditions={key: measured[key] for key in ("device", "precision", "torch", "time")},
+        )  # fmt: skip
 
     def _restore(self) -> None:
         state = self.folder.load_checkpoint()
