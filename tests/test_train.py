@@ -21,9 +21,9 @@ from shiftaddvit.layers import AngularAttention, KernelHash, MoELinear, ShiftLin
 from shiftaddvit.reparam import Recipe, recipes
 from shiftaddvit.train import FinetuneConfig, NotFinite, StageConfig, finetune, pretraining
 from shiftaddvit.train.config import config_from_dict
-from shiftaddvit.train.finetune import plan_stages
 from shiftaddvit.train.latency import measure_expert_latency, set_expert_costs
 from shiftaddvit.train.optim import make_optimizer, parameter_groups
+from shiftaddvit.train.plan import plan_stages
 from shiftaddvit.train.position import Position, step_seed
 from shiftaddvit.train.run_folder import RunFolder, read_log
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from shiftaddvit.model_card import ModelFacts
 from shiftaddvit.processes import this_process
 from shiftaddvit.reparam.architecture import architecture_of
 from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
-from shiftaddvit.reparam.stages import attention_only, converts_attention, converts_linears, to_attention_stage, to_linear_stage
+from shiftaddvit.reparam.stages import attention_only, converts_linears, to_attention_stage, to_linear_stage
 from shiftaddvit.schema import stamped
 from shiftaddvit.serialization import check_savable, save
 
 from .config import FinetuneConfig, StageConfig
 from .latency import measure_expert_latency, set_expert_costs
+from .plan import plan_stages
 from .position import Position, step_seed
 from .run_folder import MODEL, RunFolder
 from .stage import StageRun, train_stage
@@ -112,31 +113,6 @@ def _open(folder: RunFolder, description: dict, resume: bool, overwrite: bool, a
     if found[1] is not None:
         raise UserError(found[1])
     return found[0]
-
-
-def plan_stages(model: nn.Module, config: FinetuneConfig) -> tuple[StageConfig, ...]:
-    """The stages that change something for this model; a skipped stage's epochs go to the next one (or the one before)."""
-    if not hasattr(model, "shiftaddvit_recipe"):
-        return (_merged(config.stages, "dense"),)
-    useful = []
-    carried = 0
-    for stage in config.stages:
-        applies = {"attention": converts_attention(model), "all": converts_linears(model), "dense": True}[stage.primitives]
-        if applies:
-            useful.append(replace(stage, epochs=stage.epochs + carried))
-            carried = 0
-        else:
-            carried += stage.epochs
-    if not useful:
-        return (_merged(config.stages, "all"),)
-    if carried:
-        useful[-1] = replace(useful[-1], epochs=useful[-1].epochs + carried)
-    return tuple(useful)
-
-
-def _merged(stages: tuple[StageConfig, ...], primitives: str) -> StageConfig:
-    """One stage as long as all of them, so that a control gets the same training as a converted model."""
-    return replace(stages[0], primitives=primitives, epochs=sum(stage.epochs for stage in stages))
 
 
 class _Session:
