@@ -1,7 +1,7 @@
 """The tiles of the kernels that render, measured."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -21,24 +21,28 @@ def tune_tiles(engine: RayEngine, scene: Scene, rays: int, device: str, show: Ca
     block, c, rows = program.blocks[0], q.shape[-1], q.view(rays, -1, q.shape[-1])
     feed = block.ray.feed.feed
     experts = f"{feed.weight1.shape[0]}{feed.weight2.shape[0]}"
-    # Few, because every one is compiled first, in seconds that are lent.
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    from shiftaddvit.ops.ray_transformer.triton import ray_tile
+    from shiftaddvit.ops.view_attention.triton import view_tile
+
+    views, ray = view_tile(len(x), c, experts, True, place), ray_tile(c, block.ray.form, experts, True, place)
+    # Few, because every one is compiled first, in seconds that are lent; hidden channels stay as many as fit the registers.
     trials = {
         key(f"view_attention{experts}", len(x), c): (
             lambda: block.views.run(q, x, geometry, launch),
-            [Tile(m, c, 64, warps, stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2)],
+            [replace(views, m=m, warps=warps, stages=stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2)],
         ),
         key(f"ray_transformer{experts}", block.ray.form, c): (
             lambda: block.ray.run(rows, launch),
-            [Tile(m, n, 64, warps, 1) for m, warps in ((32, 4), (64, 4), (64, 8)) for n in (2, 4)],
+            [replace(ray, m=m, n=n, warps=warps) for m, warps in ((32, 4), (64, 4), (64, 8)) for n in (2, 4)],
         ),
         key("view_lookup", c, program.feature_channels): (
             lambda: program.look_up.run(target, launch),
             [Tile(m, c, program.feature_channels, warps) for m, warps in ((32, 4), (64, 4), (128, 8))],
         ),
     }
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
-
     best: dict[str, tuple[Tile, float]] = {}
     for problem, (call, tiles) in trials.items():
         for tile in tiles:
