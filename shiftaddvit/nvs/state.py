@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from shiftaddvit.entropy import deflate_codes, inflate_codes
 from shiftaddvit.errors import UserError, unknown
 from shiftaddvit.files import atomic_write
 from shiftaddvit.layers.packed import pack
@@ -22,7 +23,8 @@ from .floors import Nearest, Sweep
 from .gnt import GNT, GNTConfig
 from .nerf import NeRF, NeRFConfig
 
-FORMAT = 1
+FORMAT = 2
+"""Of new files. Format 1 differs in packed codes, which it holds as they lie in memory."""
 HEADER = "shiftaddvit.nvs"
 
 
@@ -50,6 +52,7 @@ def save_model(model: GNT | NeRF, path: str | os.PathLike, trained: ViewFacts = 
     }
     written = pack(deepcopy(model)) if packed else model
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.state_dict().items()}
+    deflate_codes(written, tensors)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header), "format": "pt"})
     return write_view_card(Path(path), written, header, trained)
@@ -67,6 +70,8 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> G
         model.shiftaddvit_packed = True
     with safe_open(str(path), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if header["format"] > 1:
+        inflate_codes(model, tensors, path)
     load_weights(model, tensors, str(path))
     model.trained = ViewFacts.from_json(header["trained"])
     return model.to(device).eval()
@@ -78,8 +83,8 @@ def read_header(path: str | os.PathLike) -> dict:
     if text is None:
         raise UserError(f"{path} holds no view model; allowed: a file written by 'nvs train', or a published GNT .pth")
     header = json.loads(text)
-    if header.get("format") != FORMAT:
-        raise UserError(f"{path} has format {header.get('format')}; this version reads format {FORMAT}")
+    if header.get("format") not in range(1, FORMAT + 1):
+        raise UserError(f"{path} has format {header.get('format')}; this version reads formats up to {FORMAT}")
     if header.get("kind") not in ("gnt", "nerf"):
         raise unknown(f"kind of model in {path}", str(header.get("kind")), ("gnt", "nerf"))
     return header
