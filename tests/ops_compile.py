@@ -215,6 +215,30 @@ def adder():
     yield "adder scores grad 128x2x784x32", lambda: kernels.grad_x(q, q, g)
 
 
+def float32():
+    """Operands twice as large, three products for one: what fits the shared memory only in tiles of its own."""
+    from shiftaddvit.ops.fused_mlp import triton as mlp
+    from shiftaddvit.ops.matadd import triton as matadd
+    from shiftaddvit.ops.moe_linear import triton as moe
+    from shiftaddvit.ops.patch_embed import triton as patch
+
+    m = lambda *shape: meta(*shape, dtype=torch.float32)  # noqa: E731
+    for rows, k, n in ((50176, 160, 640), (12544, 256, 1024), (50432, 192, 576), (200704, 128, 512), (50176, 320, 1280)):
+        for experts in (1, 2):
+            router = m(2, k) if experts == 2 else None
+            yield f"norm_linear fp32 x{experts} {rows}x{k}x{n}", lambda r=rows, k=k, n=n, e=experts, router=router: mlp.norm_linear(
+                m(r, k), m(k), m(k), 1e-6, m(e, n, k), m(e, n), router, None, None, "none"
+            )
+    for r, d in ((64, 64), (128, 128)):
+        words = meta(3, 5, 197, r // 32, dtype=torch.int32)
+        yield f"key_value fp32 r{r} d{d}", lambda w=words, r=r, d=d: matadd.key_value(w, m(3, 5, 197, d), r, 0.0, 1.0)
+        yield f"query_context fp32 r{r} d{d}", lambda w=words, r=r, d=d: matadd.query_context(w, m(3, 5, r, d), 0.0, 1.0)
+    yield "dual fp32 50176x320x1280", lambda: moe.dual(m(50176, 320), meta(50176, dtype=torch.int64), None, m(2, 1280, 320), m(2, 1280))
+    yield "patch_embed fp32 3x224 k14 1024", lambda: patch.patch_embed(
+        m(1, 3, 224, 224), m(1024, 588), m(1024), m(1024), m(1024), 1e-6, None, None, 224, 224, 14, 14, 0, True
+    )
+
+
 def softmax_attention():
     from shiftaddvit.ops.softmax_attention import triton as kernels
 
@@ -296,6 +320,7 @@ OPS = {
     "layer_norm": layer_norm,
     "adder": adder,
     "gnt": gnt,
+    "float32": float32,
 }
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
@@ -306,6 +331,7 @@ REPRESENTATIVE = (
     "layer_norm 256x49x512 mean",
     "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",
     "ray_transformer token x22 bfloat16", "ray_transformer softmax x11 bfloat16", "ray_scores token bfloat16",
+    "norm_linear fp32 x1 200704x128x512", "norm_linear fp32 x2 50176x160x640", "key_value fp32 r64 d64", "query_context fp32 r128 d128",
 )  # fmt: skip
 
 

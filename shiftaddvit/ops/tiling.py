@@ -68,6 +68,11 @@ def key(*parts: object) -> str:
     return "/".join(str(part) for part in parts)
 
 
+def precision(dtype: torch.dtype) -> str:
+    """What a problem's name ends with: float32 takes several times the shared memory of half precision, so its tiles are others."""
+    return "s" if dtype == torch.float32 else ""
+
+
 def tuned(device: torch.device, problem: str) -> Tile | None:
     """The measured tile for this problem on this kind of GPU, if there is one."""
     if device.type != "cuda":

@@ -5,24 +5,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import interpreting
-from ..tiling import Tile, fill, key, next_power, pick, processors
+from ..tiling import Tile, fill, key, next_power, pick, precision, processors
 from .conv_linear_kernels import conv_linear_kernel
 from .norm_linear_kernels import norm_linear_kernel, wide_norm_linear_kernel
 
 WHOLE_ROWS = 256
 """Rows up to this wide are normalised once, in registers, and multiplied by every output tile of the program."""
+WHOLE_SINGLE_ROWS = 64
+"""The same for float32, whose operands lie in shared memory twice."""
 
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def norm_tile(m: int, n: int, k: int, experts: int, device: torch.device) -> Tile:
+def norm_tile(m: int, n: int, k: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """For `norm_linear`; `k` ≥ the row where the whole row is kept."""
-    whole = k <= WHOLE_ROWS
-    start = Tile(m=64 if experts == 2 or k > 128 else 128, n=min(128, next_power(n)), k=next_power(k, 16) if whole else 64)
+    single = dtype == torch.float32
+    whole = k <= (WHOLE_SINGLE_ROWS if single else WHOLE_ROWS)
+    widest = 64 if single and experts == 2 else 128
+    start = Tile(m=64 if experts == 2 or k > 128 else 128, n=min(widest, next_power(n)), k=next_power(k, 16) if whole else 32 if single else 64)
     tile = fill(start, m, n, device)
-    usual = Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n * experts >= 128 * 128 else 4, 1 if whole else 3)
+    warps = 8 if tile.m * tile.n * experts * (2 if single else 1) >= 128 * 128 else 4
+    usual = Tile(tile.m, tile.n, tile.k, warps, 1 if whole else 3)
     bounds = {"m": (16, 128), "n": (32, min(256, next_power(n))), "warps": (4, 8), "stages": (1, 4)} | ({} if whole else {"k": (32, 128)})
-    return pick(device, key(f"norm_linear{experts}", m, n, k), usual, **bounds)
+    return pick(device, key(f"norm_linear{experts}{precision(dtype)}", m, n, k), usual, **bounds)
 
 
 def norm_linear(
@@ -35,7 +40,7 @@ def norm_linear(
     choice = torch.empty(m if experts == 2 else 0, dtype=torch.int8, device=x.device)
     if out.numel() == 0:
         return out, choice
-    tile = norm_tile(m, n, k, experts, x.device)
+    tile = norm_tile(m, n, k, experts, weight.dtype, x.device)
     flags = dict(
         NORM=norm_weight is not None, EXPERTS=experts, GELU=activation == "gelu", FAST=_fast(x), HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, HAS_CHOICE=experts == 2, INT8=out_scale is not None, PRECISION=_precision(x), PDL=pdl,
@@ -55,9 +60,9 @@ def norm_linear(
     return out, choice
 
 
-def conv_tile(m: int, n: int, k: int, experts: int, whole_output: bool, device: torch.device) -> Tile:
+def conv_tile(m: int, n: int, k: int, experts: int, whole_output: bool, dtype: torch.dtype, device: torch.device) -> Tile:
     """For `conv_linear`. Rows are convolved again for every output tile, so one tile covers all outputs where programs suffice."""
-    problem, widest = key(f"conv_linear{experts}{'n' if whole_output else ''}", m, n, k), next_power(n)
+    problem, widest = key(f"conv_linear{experts}{'n' if whole_output else ''}{precision(dtype)}", m, n, k), next_power(n)
     bounds = {"m": (16, 128), "k": (32, min(512, next_power(k))), "warps": (4, 8), "stages": (1, 4)}
     if whole_output:
         return pick(device, problem, Tile(32 if widest * experts <= 256 else 16, widest, 32, 8, 1), **bounds)
@@ -83,7 +88,7 @@ def conv_linear(
     if out.numel() == 0:
         return out, choice
     norm = norm_weight is not None
-    tile = conv_tile(m, n, k, experts, norm, h.device)
+    tile = conv_tile(m, n, k, experts, norm, weight.dtype, h.device)
     flags = {"launch_pdl": True} if pdl else {}
     conv_linear_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
         h, h_scale, conv_weight, conv_bias, weight, bias, router, residual, norm_weight, norm_bias, out, choice,

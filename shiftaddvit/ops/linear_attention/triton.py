@@ -6,13 +6,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..tiling import Tile, fill, key, next_power, pick, processors
+from ..tiling import Tile, fill, key, next_power, pick, precision, processors
 from .kernels import encode_kernel, mix_kernel
 
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def encode_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
+def encode_tile(batch: int, tokens: int, width: int, d: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """Tokens of a tile and channels of a step; `n` is not used."""
     rows = 64 if tokens > 32 else next_power(tokens)
     if width <= 64 and (d <= 32 or experts == 1):
@@ -22,10 +22,10 @@ def encode_tile(batch: int, tokens: int, width: int, d: int, experts: int, devic
     else:
         usual = Tile(rows, 16, 64 if d <= 32 and experts == 1 else 32, 8)
     bounds = {"m": (16, 128), "k": (32, min(128, next_power(width))), "warps": (4, 8), "stages": (1, 4)}
-    return pick(device, key(f"encode{experts}", batch, tokens, width, d), usual, **bounds)
+    return pick(device, key(f"encode{experts}{precision(dtype)}", batch, tokens, width, d), usual, **bounds)
 
 
-def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: torch.device) -> Tile:
+def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """`k` is how many parts of the context are summed at once."""
     # Heads of 64 and more need registers for their context: half the rows.
     rows = 64 if d <= 32 else 32
@@ -36,7 +36,7 @@ def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, device: 
     together = 128 // (d * experts) if tile.m <= 16 and d >= 32 else 4096 // (d * d)
     usual = Tile(tile.m, tile.n, max(1, min(16, together)), warps)
     bounds = {"m": (16, 128), "n": (32, min(256, next_power(width))), "k": (1, 16), "warps": (4, 8)}
-    return pick(device, key(f"mix{experts}", batch, tokens, width, d), usual, **bounds)
+    return pick(device, key(f"mix{experts}{precision(dtype)}", batch, tokens, width, d), usual, **bounds)
 
 
 def encode(
@@ -58,7 +58,7 @@ def encode(
     choice = torch.empty(batch * tokens if experts == 2 else 0, dtype=torch.int8, device=device)
     if v.numel() == 0:
         return queries, v, context.zero_(), values.zero_(), choice, keys.zero_()
-    tile = encode_tile(batch, tokens, width, d, experts, device)
+    tile = encode_tile(batch, tokens, width, d, experts, x.dtype, device)
     flags = {"launch_pdl": True} if pdl else {}
     encode_kernel[(batch * parts * heads,)](
         x, norm_weight, norm_bias, weight, bias, router, threshold, queries, v, context, values, keys, choice,
@@ -82,7 +82,7 @@ def mix(
     choice = torch.empty(batch * tokens if experts == 2 else 0, dtype=torch.int8, device=v.device)
     if out.numel() == 0:
         return out, choice
-    tile = mix_tile(batch, tokens, width, d, experts, v.device)
+    tile = mix_tile(batch, tokens, width, d, experts, v.dtype, v.device)
     flags = {"launch_pdl": True} if pdl else {}
     mix_kernel[(batch * -(-tokens // tile.m) * -(-width // tile.n),)](
         queries, v, context, v_sum, k_sum, conv, weight, bias, router, residual, out, choice,

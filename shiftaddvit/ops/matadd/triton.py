@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ..tiling import next_power, processors
 
+LARGEST = 16384
+"""Bytes of one operand's tile: three stages of two operands, and float32 once more as its parts, fit the shared memory."""
+
 
 @triton.jit
 def _expand(word, place, used, LOW: tl.constexpr, HIGH: tl.constexpr):
@@ -97,7 +100,7 @@ def key_value(words: Tensor, values: Tensor, r: int, low: float, high: float) ->
     rows = batch * heads
     # One program a head sums all its tokens in one launch; only few heads of many tokens are worth a second pass over parts.
     parts = max(1, min(processors(values.device) // max(rows, 1), n // 8192))
-    block = 256 if d <= 32 and values.dtype != torch.float32 else 128
+    block = max(16, min(256 if values.dtype != torch.float32 else 128, LARGEST // (values.element_size() * max(next_power(r), next_power(d)))))
     per_part = triton.cdiv(triton.cdiv(n, parts), block) * block
     wide = torch.float32 if parts > 1 else values.dtype
     out = torch.empty(parts, batch, heads, r, d, dtype=wide, device=values.device)
@@ -116,7 +119,8 @@ def query_context(words: Tensor, context: Tensor, low: float, high: float) -> Te
     r, d = context.shape[2:]
     out = torch.empty(batch, heads, n, d, dtype=context.dtype, device=words.device)
     if out.numel():
-        block = 128 if n > 64 else 64
+        wide = r * d > 64 * 64 and context.dtype == torch.float32
+        block = 128 if n > 64 and not wide else 64
         query_context_kernel[(batch * heads * triton.cdiv(n, block),)](
             words, context, out, n, d, R=r, RP=next_power(r), WORDS=count, LOW=low, HIGH=high, PRECISION=_precision(context),
             DP=next_power(d), BT=block,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import interpreting
 from ..tiles import gelu, store_int8, wait_for_inputs
-from ..tiling import Tile, fill, key, next_power, pick
+from ..tiling import Tile, fill, key, next_power, pick, precision
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def matshift(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
     if out.numel() == 0:
         return out
     split = x.dtype == torch.float32
-    tile = pick_tile(f"matshift{bits}{'s' if split else ''}", m, n, k, x.device, 32 if split else 64)
+    tile = pick_tile(f"matshift{bits}{precision(x.dtype)}", m, n, k, x.device, 32 if split else 64)
     matshift_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
         x, weight, scale, bias, out, m, n, k, x.stride(0),
         BITS=bits, SPLIT=split, GELU=activation == "gelu", FAST=not split and not interpreting(),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..tiling import Tile, fill, key, next_power, pick
+from ..tiling import Tile, fill, key, next_power, pick, precision
 from .kernels import dual_kernel, order_kernel, partition_kernel
 
 WINDOW = 512
@@ -26,13 +26,13 @@ def order_rows(x: Tensor, index: Tensor | None, router: Tensor | None) -> tuple[
     return index, order, firsts
 
 
-def pick_tile(name: str, m: int, n: int, k: int, device: torch.device) -> Tile:
+def pick_tile(name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The dual kernel holds two accumulators, so its tiles are half as wide."""
     start = Tile(64 if name == "moe_partition" else 128, min(64 if name == "moe_dual" else 128, next_power(n)), min(64, next_power(k)))
     tile = fill(start, m, n, device)
     usual = Tile(tile.m, tile.n, tile.k, 8 if tile.m * tile.n >= 128 * 64 else 4, 1 if k <= tile.k else 3)
     bounds = {"m": (16, 128), "n": (32, min(256, next_power(n))), "k": (32, 128), "warps": (4, 8), "stages": (1, 4)}
-    return pick(device, key(name, m, n, k), usual, **bounds)
+    return pick(device, key(name + precision(dtype), m, n, k), usual, **bounds)
 
 
 def dual(x: Tensor, index: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def dual(x: Tensor, index: Tensor, gate: Tensor | None, weight: Tensor, bias: Te
     (m, k), n = x.shape, weight.shape[1]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        tile = pick_tile("moe_dual", m, n, k, x.device)
+        tile = pick_tile("moe_dual", m, n, k, x.dtype, x.device)
         dual_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
             x, index, gate, weight, bias, out, m, n, k, x.stride(0), HAS_GATE=gate is not None, HAS_BIAS=bias is not None,
             PRECISION=_precision(x), PDL=False, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
@@ -55,7 +55,7 @@ def partition(
     (m, k), n = x.shape, weight.shape[1]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        tile = pick_tile("moe_partition", m, n, k, x.device)
+        tile = pick_tile("moe_partition", m, n, k, x.dtype, x.device)
         partition_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
             x, order, firsts, gate, weight, bias, out, m, n, k, x.stride(0), HAS_GATE=gate is not None, HAS_BIAS=bias is not None,
             PRECISION=_precision(x), PDL=False, WINDOW=WINDOW,

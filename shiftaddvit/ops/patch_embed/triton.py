@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import normalised_rows, wait_for_inputs
-from ..tiling import Tile, fill, key, next_power, pick
+from ..tiling import Tile, fill, key, next_power, pick, precision
 
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -80,13 +80,14 @@ def channel_step(planes: bool, channels: int) -> int:
     return 64 if planes else min(64, next_power(channels))
 
 
-def pick_tile(m: int, n: int, k: int, step: int, norm: bool, device: torch.device) -> Tile:
+def pick_tile(m: int, n: int, k: int, step: int, norm: bool, dtype: torch.dtype, device: torch.device) -> Tile:
     """`step`: channels that can be taken at a time."""
-    problem, widest = key(f"patch_embed{'n' if norm else ''}", m, n, k), next_power(n)
+    problem, widest = key(f"patch_embed{'n' if norm else ''}{precision(dtype)}", m, n, k), next_power(n)
     bounds = {"m": (16, 128), "k": (16, step), "warps": (4, 8), "stages": (1, 5)}
     if norm:
         # LayerNorm needs every output of a token in one tile.
         rows = 64 if widest <= 64 and m >= 64 * 264 else 32 if widest <= 256 and m >= 32 * 132 else 16
+        step = min(step, 16) if widest > 512 and dtype == torch.float32 else step
         return pick(device, problem, Tile(rows, widest, step, 8 if widest >= 256 or rows == 64 else 4, 2), **bounds)
     tile = fill(Tile(64, min(128, widest), step), m, n, device)
     return pick(device, problem, Tile(tile.m, tile.n, step, tile.warps, 2), n=(32, min(256, widest)), **bounds)
@@ -106,7 +107,7 @@ def patch_embed(
         return out
     m = batch * out_h * out_w
     step = channel_step(planes, channels)
-    tile = pick_tile(m, n, weight.shape[1], step, norm_weight is not None, x.device)
+    tile = pick_tile(m, n, weight.shape[1], step, norm_weight is not None, weight.dtype, x.device)
     flags = {"launch_pdl": True} if pdl else {}
     patch_embed_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
         x, weight, bias, norm_weight, norm_bias, prefix, position, out, m, n, channels, height, width, out_h, out_w, eps,

@@ -15,7 +15,7 @@ def view_lookup(
     pixel = (image[..., :2] / image[..., 2:].clamp_min(1e-8)).clamp(-1e6, 1e6)
     x, y = pixel.unbind(-1)
     seen = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1) & (image[..., 2] > 0)
-    grid = (pixel * pixel.new_tensor([2 / (width - 1), 2 / (height - 1)]) - 1).unsqueeze(1)  # (V, 1, RS, 2)
+    grid = torch.stack([x * (2 / (width - 1)) - 1, y * (2 / (height - 1)) - 1], dim=-1).unsqueeze(1)  # (V, 1, RS, 2)
     color, feature = (_sample(planes, grid) for planes in (images, features))
     dtype = images.dtype
     hidden = color.to(dtype) @ color_weight.t() + feature.to(dtype) @ feature_weight.t()
