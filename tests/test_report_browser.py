@@ -254,12 +254,12 @@ def test_it_prints_with_nothing_cut_off(page):
 
 
 def test_a_page_with_everything_loads_within_a_second(page, everything, record_property):
-    if os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
-        pytest.skip("the machine is busy: times say nothing")
     times = []
     for _ in range(5):
         page.get(everything.as_uri())
         times.append(page.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd"))
     record_property("load_ms", median(times))
     print(f"loads in {median(times):.0f} ms ({min(times):.0f} to {max(times):.0f}), {everything.stat().st_size / 1e3:.0f} kB")
+    if median(times) >= 1000 and os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
+        pytest.skip(f"the machine is too busy to say: {times}")
     assert median(times) < 1000, times
