@@ -11,6 +11,7 @@ from cli_runs import ARGS, SHORT, SMALL, VIT, refused, run, write_images
 
 import shiftaddvit.serialization
 from shiftaddvit.reparam.architecture import create_model
+from shiftaddvit.schema import was_changed
 from shiftaddvit.serialization import load, read_metadata, save
 
 
@@ -156,6 +157,7 @@ def test_search_writes_a_recipe_that_convert_takes_and_tables_for_the_next_searc
     assert "energy ≤ 0.9 of dense" in outcome.stdout and "measured as a whole" in outcome.stdout
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"recipe.toml", "search.json", "sensitivity.json", "front.svg", "front.png"}
     found = json.loads((tmp_path / "a" / "search.json").read_text())
+    assert found["shiftaddvit"]["kind"] == "search" and not was_changed(found)
     assert found["met"] and found["split"] == "train" and found["found"]["totals"]["energy"] <= 0.9 * found["dense"]["totals"]["energy"]
     run("convert", dense, "--recipe", tmp_path / "a" / "recipe.toml", "-o", tmp_path / "b.safetensors")
     changed = {o["modules"] for o in load(tmp_path / "b.safetensors").shiftaddvit_recipe.to_dict()["overrides"]}

@@ -27,7 +27,7 @@ from shiftaddvit.schema import stamped
 from shiftaddvit.serialization import check_savable, save
 
 from .config import FinetuneConfig, StageConfig
-from .latency import measure_expert_latency, set_expert_costs
+from .latency import profile_experts, profiles_to_json, set_expert_costs
 from .plan import plan_stages
 from .position import Position, step_seed
 from .run_folder import MODEL, RunFolder
@@ -180,12 +180,21 @@ class _Session:
             trained = calibrate(self.model, images[:8], seed=self.config.seed)
             self._log({"event": "calibrate", "hash_functions": trained})
         if measure:
-            costs = _expert_costs(self.model, images, self.config.cost)
+            costs = self._expert_costs(images)
             set_expert_costs(self.model, costs)
             self._log({"event": "expert costs", "cost": self.config.cost, "of": costs})
         if self.accelerator.num_processes > 1:
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 torch.distributed.broadcast(tensor.data, src=0)
+
+    def _expert_costs(self, images: Tensor) -> dict[str, list[float]]:
+        """Seconds on this device, or modelled picojoules, of each expert of each mixture."""
+        if self.config.cost != "latency":
+            return expert_energies(self.model, tuple(images.shape))
+        profiles = profile_experts(self.model, images)
+        if self.folder is not None:
+            self.folder.write_latency(profiles_to_json(profiles))
+        return {name: profile["seconds"] for name, profile in profiles.items()}
 
     def _stage_run(self, number: int, train_loader: Any) -> StageRun:
         return StageRun(
@@ -258,13 +267,6 @@ class _Session:
             for key in ("loss", "top1", "lr", "images_per_second"):
                 if event.get(key) is not None:
                     self.board.add_scalar(f"{label}/{event['event']}/{key}", event[key], event["epoch"] * 100_000 + event.get("step", 0))
-
-
-def _expert_costs(model: nn.Module, images: Tensor, cost: str) -> dict[str, list[float]]:
-    """Seconds on this device, or modelled picojoules, of each expert of each mixture."""
-    if cost == "latency":
-        return measure_expert_latency(model, images)
-    return expert_energies(model, tuple(images.shape))
 
 
 def _first_images(loader: Any) -> Tensor:
