@@ -227,6 +227,16 @@ def test_a_time_at_another_image_size_is_not_shown_beside_an_accuracy(folder):
     assert cell_of(b0, "ours-quant-moe", "latency, ms").value == pytest.approx(0.5)
 
 
+def test_a_recipes_time_is_in_half_precision_where_there_is_one(tmp_path):
+    half = files.engine()["rows"][0]
+    full = half | {"contender": "engine ours-quant-moe", "median_us": 900.0, "low_us": 890.0, "high_us": 920.0, "images_per_s": 1e6 / 900}
+    for rows, expected in (([half, full], {500.0}), ([full], {900.0})):
+        (tmp_path / "speed.json").write_text(json.dumps(stamped("engine-bench", files.engine() | {"rows": rows})))
+        found = read_results([tmp_path])
+        assert {speed.median_us for speed in found.speeds if speed.recipe == "ours-quant-moe"} == expected
+        assert len(found.speeds) == len(rows)
+
+
 def test_a_column_of_energies_has_one_setting_of_the_accelerator(tmp_path):
     files.put(tmp_path, "dense.json", files.finetune(150, None))
     usual = files.energy("dense")["settings"] | {"units": "45nm", "bits": {"activation": 16, "shift_weight": None}}

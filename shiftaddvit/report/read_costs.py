@@ -74,12 +74,13 @@ def _shift_share(entry: Fields) -> float:
 
 
 def read_engine(values: Fields, source: Source, found: Results) -> None:
-    """Whole models."""
-    rows = []
-    for row in values.each("rows"):
+    """Whole models. A recipe's latency is its engine's in half precision, in float32 where the file has no other."""
+    rows, listed = [], list(values.each("rows"))
+    halves = {tuple(words[:2]) for row in listed if len(words := row.text("contender").split()) == 3}
+    for row in listed:
         contender = row.text("contender")
         words = contender.split()
-        recipe = words[1] if len(words) == 3 and words[0] == "engine" else None
+        recipe = words[1] if words[0] == "engine" and (len(words) == 3 or tuple(words) not in halves) else None
         rows.append(_speed(row, contender, recipe, image_size(row.values.get("image_size")) or (224, 224), source))
     found.speeds += rows
 
