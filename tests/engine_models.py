@@ -23,6 +23,13 @@ FAMILIES = {
     "vit": (VisionTransformer, PLAIN),
 }
 
+ADDERS = ("addernet", "shiftaddnet")
+"""Networks of sums of nearly equal parts, each behind a norm: images that differ by 1e-6 give logits that differ by up to a half."""
+PAIRS = [
+    (family, recipe) for family in FAMILIES for recipe in sav.recipes if (family, recipe) != ("vit", "sra-linear") and recipe not in ADDERS
+]
+"""Every family and recipe whose logits can be compared; attention without spatial reduction takes no `sra-linear`."""
+
 
 def dense(family: str, **more) -> nn.Module:
     torch.manual_seed(0)

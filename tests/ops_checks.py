@@ -1,10 +1,12 @@
-"""What every op's tests share: relative error, and outputs that start as NaN."""
+"""What every op's tests share: relative error, outputs that start as NaN, and a watch for what a CUDA graph cannot record."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = (1, 49, 63, 100)
 """Awkward token counts that an interpreted kernel can still afford; the GPU tests add 197 and 3136."""
@@ -31,6 +33,24 @@ def poisoned_outputs() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Capturable(TorchDispatchMode):
+    """Inside, what a capture forbids is an error on any device: tensors made of Python's numbers, and shapes or numbers that the host reads."""
+
+    FORBIDDEN = frozenset((
+        "aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::repeat_interleave.Tensor",
+        "aten::_unique2",
+    ))  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert name not in self.FORBIDDEN, f"{name} cannot be captured in a CUDA graph"
+        if func.namespace == "shiftaddvit":
+            # Its body, so that what it calls is watched too.
+            with self:
+                return OPDEFS[name]._init_fn(*args, **kwargs or {})
+        return func(*args, **kwargs or {})
 
 
 def random_codes(out_features: int, in_features: int, bits: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import timm
 import torch
-from engine_models import FAMILIES, PLAIN, PYRAMID, SIZE, converted, dense, images, randomised
+from engine_models import ADDERS, FAMILIES, PAIRS, PLAIN, PYRAMID, SIZE, converted, dense, images, randomised
+from ops_checks import Capturable
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.vision_transformer import VisionTransformer
@@ -48,11 +49,8 @@ def engine_of(model: nn.Module, **more) -> Engine:
     return deploy(model, image_size=SIZE, **more)
 
 
-ADDERS = ("addernet", "shiftaddnet")
-"""Networks of sums of nearly equal parts, each behind a norm: images that differ by 1e-6 give logits that differ by up to a half."""
 CASCADE = 5e-3
 """For shifts in front of adders: the shift's convolution sums in another order in the engine, on every backend."""
-PAIRS = [(family, recipe) for family in FAMILIES for recipe in RECIPES if (family, recipe) != ("vit", "sra-linear") and recipe not in ADDERS]
 
 
 @pytest.mark.parametrize(("family", "recipe"), PAIRS)
@@ -73,6 +71,13 @@ def test_networks_of_adders_are_right_as_a_whole_and_step_by_step(family: str, r
         expected = step.run(x, Launch("reference"))
         assert (runner.run(x) - expected).norm() < 1e-3 * expected.norm(), step.name
         x = expected
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("pvt_v2", recipe) for recipe in RECIPES] + [("pvt_v1", "ours-quant-moe"), ("vit", "ours-quant-moe")])
+def test_every_program_can_be_captured(family: str, recipe: str):
+    program = lower(converted(family, recipe), torch.float32, SIZE)
+    with Capturable():
+        program.run(images(2), Launch("reference"))
 
 
 @pytest.mark.parametrize("norm", ("layer", "batch"))

@@ -6,13 +6,14 @@ from dataclasses import replace
 import nvs_synthetic
 import pytest
 import torch
-from ops_checks import error
+from ops_checks import Capturable, error
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import AngularConfig
 from shiftaddvit.layers.moe import MoEConfig
 from shiftaddvit.layers.shift import ShiftConfig
 from shiftaddvit.nvs.engine import bench, deploy_gnt
+from shiftaddvit.nvs.engine.steps import Target
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
 from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
 from shiftaddvit.nvs.projector import look_up, sample_depths
@@ -66,6 +67,16 @@ def test_every_row_in_the_engine_is_the_model(row, scene):
     color, depth = differences(lively(row), scene)
     assert color < 1e-4 and depth < 1e-4
     assert deploy_gnt(lively(row), torch.float32).program.unfused == ()
+
+
+@pytest.mark.parametrize("row", [None, *ROWS])
+def test_every_row_can_be_captured(row, scene):
+    engine = deploy_gnt(lively(row), torch.float32)
+    rays, sources = question(engine, scene)
+    depths = torch.linspace(rays.near, rays.far, engine.samples)
+    target = Target(rays.origin, rays.direction, depths, *engine.prepare(sources))
+    with Capturable():
+        engine.program.run(target, engine.launch)
 
 
 @pytest.mark.parametrize("row", [None, "gnt-add-shift-moe"])

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine_models import FAMILIES, SIZE, converted, dense, images, randomised
+from engine_models import ADDERS, FAMILIES, PAIRS, SIZE, converted, dense, images, randomised
 from ops_checks import poisoned_outputs
 
-import shiftaddvit as sav
-from shiftaddvit.engine import deploy, lower
+from shiftaddvit.engine import Launch, deploy, lower
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.attention import BinaryConfig
 from shiftaddvit.ops import tiling
@@ -47,11 +46,22 @@ def usual_error(y, model, x) -> float:
     return float(errors.median())
 
 
-@pytest.mark.parametrize("recipe", tuple(sav.recipes))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "recipe"), PAIRS)
 def test_float32_engine_equals_model(family, recipe):
     model, x = converted(family, recipe), images(3)
     assert usual_error(engine_of(model, dtype=torch.float32, batch_size=3)(x), model, x) < 1e-4
+
+
+@pytest.mark.parametrize("recipe", ADDERS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_networks_of_adders_are_right_step_by_step(family, recipe):
+    """Before rounding is amplified."""
+    program, x = lower(converted(family, recipe), torch.float32, SIZE, "cuda"), images(3).cuda()
+    for step in program.steps:
+        expected = step.run(x, Launch("reference"))
+        assert (step.run(x, Launch("triton")) - expected).norm() < 1e-3 * expected.norm(), step.name
+        x = expected
 
 
 @pytest.mark.parametrize("dtype", HALF)
