@@ -7,7 +7,7 @@ resumable: a file that is there is not made again, and one of another model is r
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,6 +25,7 @@ from shiftaddvit.evaluation import Evaluation, compare
 from shiftaddvit.evaluation.sensitivity import Sensitivity, sensitivity
 from shiftaddvit.files import atomic_write, write_json
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
+from shiftaddvit.reparam.architecture import architecture_of
 from shiftaddvit.reparam.identity import identity
 from shiftaddvit.schema import stamped
 from shiftaddvit.train import FinetuneConfig, finetune
@@ -71,7 +72,8 @@ def run(setup: Setup, out: Path, seeds: tuple[int, ...] = (0,), only: tuple[str,
         print("rank correlation of sums and measurements:", found.rank_correlation, flush=True)
     goal = Goal(("kl", "energy"), "kl", "energy")
     everything = solve(tables, [], goal)
-    write_json(out / "front.json", everything.to_json())
+    about = {"model": asdict(architecture_of(dense)), "data": setup.about, "split": "dev"}
+    write_json(out / "front.json", stamped("search", about | everything.to_json()))
     rows = []
     for name, point in sorted(everything.rows.items(), key=lambda entry: -entry[1].totals["energy"]):
         if only and name not in only:
@@ -116,7 +118,7 @@ def _damage(setup: Setup, dense: nn.Module, options: Any, path: Path) -> Sensiti
         dense, setup.dev, primitives=changes(options), together=False, settings=setup.settings, device=setup.device, amp_dtype=setup.amp_dtype,
         step=lambda text: print("sensitivity:", text, flush=True),
     )  # fmt: skip
-    write_json(path, stamped("sensitivity", {"split": "dev", "note": setup.about, **found.to_json()}))
+    write_json(path, stamped("sensitivity", {"model": asdict(architecture_of(dense)), "split": "dev", "note": setup.about, **found.to_json()}))
     return found
 
 

@@ -3,12 +3,13 @@
     python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group forms --split dev --gpus 0
     python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group main rest baselines --split val --gpus 0 1
 
-A row is done when OUT/RUN/result.json is there; the same command goes on with what is not. Every row starts from the same dense weights,
+A row is done when OUT/RUN/result.json is there; the same command goes on with what is not (`--minutes` for machines that are lent). Every row starts from the same dense weights,
 sees the same batches in the same order for a seed, and trains as long as the dense control: the baselines too. Forms are compared on the dev split only.
 On one H100 five rows of B0 at a time take about two minutes for 10 + 10 epochs (predicted from 36,000 images/s).
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def _set(settings: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> None:
+    began = time.monotonic()
     arrays(args.data)
     weights = args.weights or args.out / args.arch / "model.safetensors"
     if not weights.exists():
@@ -116,18 +118,32 @@ def run(args: argparse.Namespace) -> None:
     waiting = [job for job in jobs(args.group) if not (job.folder(args) / "result.json").exists()]
     running: dict[tuple[str, int], tuple[Job, subprocess.Popen, float]] = {}
     slots = [(gpu, place) for place in range(args.at_once) for gpu in args.gpus]
-    while waiting or running:
+    end, longest = began + 60 * args.minutes, 0.0
+    while running or (waiting and time.monotonic() + longest < end):
         for slot in slots:
             if slot in running and running[slot][1].poll() is not None:
                 job, process, since = running.pop(slot)
-                print(f"{job.name} s{job.seed}: {'done' if process.returncode == 0 else 'FAILED'} after {time.monotonic() - since:.0f} s", flush=True)
-            if slot not in running and waiting:
+                longest = max(longest, 1.1 * (time.monotonic() - since))
+                _report(args, job, process.returncode, time.monotonic() - since)
+            if slot not in running and waiting and time.monotonic() + longest < end:
                 job = waiting.pop(0)
                 args.out.mkdir(parents=True, exist_ok=True)
-                log = (args.out / f"{job.folder(args).name}.txt").open("w")
-                process = subprocess.Popen(job.command(args), env=_environment(slot[0]), stdout=log, stderr=subprocess.STDOUT)
+                with _log(args, job).open("w") as log:
+                    process = subprocess.Popen(job.command(args), env=_environment(slot[0]), stdout=log, stderr=subprocess.STDOUT)
                 running[slot] = job, process, time.monotonic()
         time.sleep(0.5)
+    missing = [job for job in jobs(args.group) if not (job.folder(args) / "result.json").exists()]
+    print(f"{len(missing)} rows are left: run the same command again" if missing else "all rows are done")
+
+
+def _report(args: argparse.Namespace, job: Job, code: int, seconds: float) -> None:
+    print(f"{job.name} s{job.seed}: {'done' if code == 0 else 'FAILED'} after {seconds:.0f} s", flush=True)
+    if code:
+        print("\n".join(_log(args, job).read_text().splitlines()[-8:]), flush=True)
+
+
+def _log(args: argparse.Namespace, job: Job) -> Path:
+    return args.out / f"{job.folder(args).name}.txt"
 
 
 def _environment(gpu: str) -> dict[str, str]:
@@ -147,6 +163,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="dense weights; OUT/ARCH/model.safetensors when left out")
     parser.add_argument("--gpus", nargs="+", default=["0"])
     parser.add_argument("--at-once", type=int, default=5, help="runs at a time on each GPU")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no row that would end later, going by the longest so far")
     args = parser.parse_args()
     if "forms" in args.group and args.split != "dev":
         parser.error("forms are compared on the dev split: the validation images are for the table")

@@ -1,11 +1,14 @@
 """The measured table from result files, every row paired with the dense control of the same seed on the same images.
 
     python benchmarks/tiny_imagenet_table.py results/tiny_imagenet --arch pvt_v2_b0 [--control dense-ft]
+
+The folder holds result files by the name of their run, or is the OUT of tiny_imagenet_all.py; `--copy` keeps the latter's as the former.
 """
 
 import argparse
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -31,11 +34,16 @@ class Row:
     """Half of the paired 95 % interval of that mean: images are shared by the seeds, so it is not divided by √seeds."""
 
 
+def files(folder: Path, arch: str) -> dict[str, Path]:
+    """Result files by run."""
+    return {path.parent.name: path for path in sorted(folder.glob(f"{arch}-*/result.json"))} | {path.stem: path for path in sorted(folder.glob(f"{arch}-*.json"))}
+
+
 def read(folder: Path, arch: str) -> dict[str, dict[int, Evaluation]]:
-    """Row name → seed → evaluation, for the files `{arch}-{row}-s{seed}.json`."""
+    """Row name → seed → evaluation, for the files `{arch}-{row}-s{seed}.json` or `{arch}-{row}-s{seed}/result.json`."""
     found: dict[str, dict[int, Evaluation]] = {}
-    for path in sorted(folder.glob(f"{arch}-*.json")):
-        match = NAME.match(path.stem)
+    for run, path in files(folder, arch).items():
+        match = NAME.match(run)
         values = json.loads(path.read_text())
         if match is None or not values.get("evaluation"):
             continue
@@ -63,7 +71,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", default="pvt_v2_b0")
     parser.add_argument("--control", default="dense-ft")
+    parser.add_argument("--copy", type=Path, help="copy the result files here, each by the name of its run")
     args = parser.parse_args()
+    if args.copy is not None:
+        args.copy.mkdir(parents=True, exist_ok=True)
+        for run, path in files(args.folder, args.arch).items():
+            shutil.copyfile(path, args.copy / f"{run}.json")
     print(f"| {args.arch} row | top-1 % | seeds | against {args.control}, points |\n|---|---|---|---|")
     for row in rows(read(args.folder, args.arch), args.control):
         difference = "" if row.difference is None else f"{row.difference:+.2f} ± {row.half_width:.2f}"

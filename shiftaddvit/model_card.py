@@ -75,12 +75,17 @@ def is_untouched(text: str) -> bool:
 def write_card(path: Path, model: nn.Module, header: Mapping[str, Any], sizes: tuple[int, int], facts: ModelFacts) -> Path | None:
     """Write the card of the file `path`, which holds `model` and is described by its `header`; `sizes` are its bytes and those of the
     dense float32 weights. Returns where it went; None where the user's own files are in the way."""
+    return put_card(path, _front_matter(header, facts) + _body(path, model, header, sizes, facts))
+
+
+def put_card(path: Path, text: str) -> Path | None:
+    """Write `text` as the card of the model's file `path`, marked as ours. Returns where it went; None where the user's own files are in
+    the way."""
     target = card_path(path)
     if target is not None:
-        body = _front_matter(path, header, facts) + _body(path, model, header, sizes, facts)
-        mark = f"\n<!-- card by shiftaddvit, sha256 {_digest(body)}; change the card and it is never replaced -->\n"
+        mark = f"\n<!-- card by shiftaddvit, sha256 {_digest(text)}; change the card and it is never replaced -->\n"
         with atomic_write(target) as temporary:
-            temporary.write_text(body + mark, encoding="utf-8")
+            temporary.write_text(text + mark, encoding="utf-8")
     return target
 
 
@@ -88,39 +93,43 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _front_matter(path: Path, header: Mapping[str, Any], facts: ModelFacts) -> str:
-    """YAML; every value is written as JSON, which is YAML too."""
+def front_matter(values: Mapping[str, Any]) -> str:
+    """What hubs read, as YAML; every value is written as JSON, which is YAML too."""
+    return "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()) + "---\n\n"
+
+
+def _front_matter(header: Mapping[str, Any], facts: ModelFacts) -> str:
     architecture = header["architecture"]["name"]
-    recipe = (header["recipe"] or {}).get("name") or ("dense" if header["recipe"] is None else "custom")
+    _, recipe = recipe_names(header["recipe"])
     tags = ["shiftaddvit", "vision", "image-classification", architecture] + ([] if header["recipe"] is None else ["shift-add", recipe])
     values: dict[str, Any] = {"library_name": "shiftaddvit", "pipeline_tag": "image-classification", "tags": tags}
     values |= {"license": facts.license} if facts.license else {"license": "other", "license_name": "of-the-base-weights"}
     if facts.base_model:
         values["base_model"] = facts.base_model
     if facts.data:
-        values["datasets"] = [_slug(facts.data)]
+        values["datasets"] = [slug(facts.data)]
     values["metrics"] = ["accuracy"]
     if facts.evaluation and facts.data:
         metric = {"type": "accuracy", "name": "top-1 accuracy, %", "value": round(facts.evaluation["top1"], 2), "verified": False}
         result = {
             "task": {"type": "image-classification"},
-            "dataset": {"name": facts.data, "type": _slug(facts.data)},
+            "dataset": {"name": facts.data, "type": slug(facts.data)},
             "metrics": [metric],
         }
         values["model-index"] = [{"name": f"{architecture} {recipe}", "results": [result]}]
-    return "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()) + "---\n\n"
+    return front_matter(values)
 
 
 def _body(path: Path, model: nn.Module, header: Mapping[str, Any], sizes: tuple[int, int], facts: ModelFacts) -> str:
     architecture, recipe = header["architecture"], header["recipe"]
-    name = recipe.get("name") or "a recipe of its own" if recipe is not None else "dense"
-    lines = [f"# {architecture['name']}, {_plain(name)}", ""]
+    name, _ = recipe_names(recipe)
+    lines = [f"# {architecture['name']}, {plain(name)}", ""]
     if recipe is None:
         lines += ["A dense vision transformer, saved by shiftaddvit.", ""]
     else:
         lines += ["A vision transformer that shifts and adds where its dense form multiplies (ShiftAddViT, NeurIPS 2023), made by shiftaddvit.", ""]
         if recipe.get("description"):
-            lines += [_plain(recipe["description"]), ""]
+            lines += [plain(recipe["description"]), ""]
     lines += [
         "## Use",
         "",
@@ -131,21 +140,37 @@ def _body(path: Path, model: nn.Module, header: Mapping[str, Any], sizes: tuple[
         "```",
         "",
     ]
-    lines += ["## What it is", "", "| | |", "|---|---|", f"| architecture | `{architecture['name']}` {_plain(_arguments(architecture['args']))}|"]
-    if recipe is not None:
-        columns = [f"{key} = {recipe[key]}" for key in ("attention", "add", "attn_linear", "mlp") if key in recipe]
-        lines += [
-            f"| recipe | {_plain(name)}: {_plain(', '.join(columns)) or 'as the dense model'}"
-            f"{'; differs by layer' if recipe.get('overrides') else ''} |"
-        ]
-        lines += [f"| converted | {converted(model)} |"]
-    form = "packed: shift weights as integer codes, no further training" if header["packed"] else "latent: can be trained on"
-    lines += [f"| file | {sizes[0]:,} bytes, {sizes[0] / sizes[1]:.3f}× the dense float32 weights; {form} |"]
-    lines += [f"| base weights | {_plain(facts.base) or 'not recorded'} |", f"| training | {_plain(facts.training) or 'not recorded'} |", ""]
+    lines += ["## What it is", "", "| | |", "|---|---|", f"| architecture | `{architecture['name']}` {plain(_arguments(architecture['args']))}|"]
+    lines += recipe_rows(model, recipe)
+    lines += [f"| file | {sizes[0]:,} bytes, {sizes[0] / sizes[1]:.3f}× the dense float32 weights; {form(header['packed'])} |"]
+    lines += [f"| base weights | {plain(facts.base) or 'not recorded'} |", f"| training | {plain(facts.training) or 'not recorded'} |", ""]
     lines += ["## Accuracy", "", _accuracy(facts), "", "## Energy", "", _energy(facts), ""]
     if not facts.license:
         lines += ["## Licence", "", "Not recorded here: that of the base weights and of the data holds.", ""]
     return "\n".join(lines)
+
+
+def recipe_names(recipe: Mapping[str, Any] | None) -> tuple[str, str]:
+    """What a card calls a recipe: in a sentence, and as a tag."""
+    name = "dense" if recipe is None else recipe.get("name")
+    return name or "a recipe of its own", name or "custom"
+
+
+def recipe_rows(model: nn.Module, recipe: Mapping[str, Any] | None) -> list[str]:
+    """The rows of a card's table that say what was converted; none for a dense model."""
+    if recipe is None:
+        return []
+    columns = [f"{key} = {recipe[key]}" for key in ("attention", "add", "attn_linear", "mlp") if key in recipe]
+    by_layer = "; differs by layer" if recipe.get("overrides") else ""
+    return [
+        f"| recipe | {plain(recipe_names(recipe)[0])}: {plain(', '.join(columns)) or 'as the dense model'}{by_layer} |",
+        f"| converted | {converted(model)} |",
+    ]
+
+
+def form(packed: bool) -> str:
+    """In which of a layer's lives a file holds its model."""
+    return "packed: shift weights as integer codes, no further training" if packed else "latent: can be trained on"
 
 
 def converted(model: nn.Module) -> str:
@@ -176,8 +201,8 @@ def _accuracy(facts: ModelFacts) -> str:
     precise = f"{where.get('dtype', '?')}{' autocast' if where.get('autocast') else ''}, batch {where.get('batch', '?')}"
     return (
         f"Measured: top-1 **{found['top1']:.2f} %** (95 % interval {low:.2f} … {high:.2f}), top-5 {found['top5']:.2f} %, "
-        f"on {found['images']:,} images{' of ' + _plain(facts.data) if facts.data else ''}; {_plain(precise)} on {_plain(where.get('device', '?'))}, "
-        f"torch {_plain(where.get('torch', '?'))}, {_plain(where.get('time', '?'))}."
+        f"on {found['images']:,} images{' of ' + plain(facts.data) if facts.data else ''}; {plain(precise)} on {plain(where.get('device', '?'))}, "
+        f"torch {plain(where.get('torch', '?'))}, {plain(where.get('time', '?'))}."
     )
 
 
@@ -188,12 +213,12 @@ def _energy(facts: ModelFacts) -> str:
     share = (
         ""
         if settings.get("shift_share") is None
-        else f"; {100 * settings['shift_share']:.0f} % of the tokens on shift ({_plain(settings['shift_share_source'])})"
+        else f"; {100 * settings['shift_share']:.0f} % of the tokens on shift ({plain(settings['shift_share_source'])})"
     )
     size = "×".join(map(str, settings.get("image_size") or ["?"]))
     return (
         f"Modelled, not measured: **{facts.energy['total_mj']:.4g} mJ** for one image of {size}, "
-        f"analytical Eyeriss model, mode `{_plain(settings['mode'])}`{share}."
+        f"analytical Eyeriss model, mode `{plain(settings['mode'])}`{share}."
     )
 
 
@@ -201,10 +226,11 @@ def _arguments(args: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in args.items()) + " " if args else ""
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name as hubs write them."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "unknown"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A text that stays one cell of a Markdown table and is no HTML."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -14,12 +14,15 @@ VERSIONS: Mapping[str, int] = {
     "energy-sweep": 1,
     "engine-bench": 1,
     "evaluate": 1,
+    "expert-latency": 1,
     "finetune": 1,
     "nvs-bench": 1,
     "nvs-evaluate": 1,
     "nvs-train": 1,
     "ops-bench": 1,
     "quickstart": 1,
+    "search": 1,
+    "search-latency": 1,
     "sensitivity": 1,
     "train-bench": 1,
 }
@@ -32,6 +35,12 @@ def stamped(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` (plain JSON values) with a stamp in front, in place of any they had: what kind of result, which version, and a digest."""
     stamp = {"kind": kind, "version": VERSIONS[kind], "digest": digest(values)}
     return {STAMP: stamp} | {key: value for key, value in values.items() if key != STAMP}
+
+
+def was_changed(values: Mapping[str, Any]) -> bool:
+    """Whether values that carry a stamp no longer fit it; values without one cannot tell."""
+    stamp = values.get(STAMP)
+    return isinstance(stamp, Mapping) and stamp.get("digest") != digest(values)
 
 
 def digest(values: Mapping[str, Any]) -> str:

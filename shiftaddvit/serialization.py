@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 
+from shiftaddvit.entropy import deflate_codes, inflate_codes
 from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_write
 from shiftaddvit.layers.hashing import KernelHash
@@ -22,7 +23,8 @@ from shiftaddvit.model_card import ModelFacts, write_card
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.reparam.architecture import Architecture, dense_skeleton, rebuilt
 
-FORMAT = 1
+FORMAT = 2
+"""Of new files. Format 1 differs in packed codes, which it holds as they lie in memory."""
 HEADER = "shiftaddvit"
 """The key of the file's own header among its strings."""
 
@@ -75,7 +77,7 @@ def save(
     """Write `model` (converted or dense) to one safetensors file, atomically; lossless.
 
     A float32 tensor whose values all fit float16 exactly is stored as float16 (see `round_dense`). With `packed`, shift layers are
-    stored as 4- or 5-bit codes: the loaded model computes exactly what `model` does, and no longer trains. `metadata` adds strings
+    stored as 4- or 5-bit codes, Huffman-coded (`entropy`): the loaded model computes exactly what `model` does, and no longer trains. `metadata` adds strings
     (class names, a result) that `read_metadata` gives back. A model card is written beside the file (`model_card.card_path` says where);
     `facts` are what it says of accuracy, data and origin. Of DistributedDataParallel, torch.compile and timm's EMA the model inside is
     saved. Raises UserError for a model whose architecture cannot be named.
@@ -96,6 +98,7 @@ def save(
         "packed": packed,
     }
     tensors = {name: _shrink(tensor.detach().cpu()) for name, tensor in written.state_dict().items()}
+    deflate_codes(written, tensors)
     strings = {HEADER: json.dumps(header), "format": "pt"} | (metadata or {}) | facts.to_metadata()
     try:
         with atomic_write(path) as temporary:
@@ -123,6 +126,8 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Modu
     model = _rebuild(dense_skeleton(architecture), recipe, header["packed"])
     model.shiftaddvit_packed = header["packed"]
     expected = model.state_dict()
+    if header["format"] > 1:
+        inflate_codes(model, tensors, path)
     problems = [f"missing {key}" for key in expected.keys() - tensors.keys()]
     problems += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
     problems += [
@@ -159,8 +164,8 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
         version, parts = header["format"], set(header)
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path}: its header is damaged") from None
-    if version != FORMAT:
-        raise UserError(f"{path} has format {version}; this version reads format {FORMAT}")
+    if version not in range(1, FORMAT + 1):
+        raise UserError(f"{path} has format {version}; this version reads formats up to {FORMAT}")
     if not {"architecture", "recipe", "packed"} <= parts or set(header["architecture"]) != {"name", "args"}:
         raise UserError(f"{path}: its header is damaged")
     return header

@@ -325,7 +325,8 @@ OPS = {
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
-    "conv_linear x2 50176x640x160", "encode x2 256x196x320", "mix x2 256x196x160", "dual 50176x320x1280",
+    "conv_linear x2 50176x640x160", "encode x2 256x196x320", "encode x2 256x784x64", "mix x2 256x196x160", "mix x2 1x784x64",
+    "mix x2 1x196x160", "mix x1 1x196x320", "mix x1 1x197x192", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",
     "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",

@@ -136,3 +136,83 @@ def results(folder: Path) -> Path:
     put(folder, "fern.json", view("gnt-shift"))
     log(folder, "ours-quant-linear")
     return folder
+
+
+def sensitivity() -> dict[str, Any]:
+    """One row a layer, more rows than a table shows without scrolling."""
+    rows = [
+        {
+            "where": f"stages.{i}.blocks.0.attn",
+            "primitive": "add",
+            "top1": 75.0 - i / 4,
+            "difference": -i / 4,
+            "interval95": [-i - 1.0, 1.0],
+            "kl": 0.1,
+        }
+        for i in range(30)
+    ]
+    return stamped("sensitivity", {"model": {"name": "pvt_v2_b0", "args": {}}, "dense": evaluation(150), "rows": rows, "skipped": []})
+
+
+def quickstart() -> dict[str, Any]:
+    rows = [
+        {
+            "name": name, "recipe": recipe, "evaluation": evaluation(right), "multiplications": mults, "dense_multiplications": 1000, "removed": 1 - mults / 1000,
+            "shift_share": None, "bytes": 1000 * mults, "seconds": 1.0,
+        }
+        for name, recipe, right, mults in (("dense", "dense", 160, 1000), ("+ add", "ours-quant-add", 158, 900), ("+ MoE", "ours-quant-moe", 156, 600))
+    ]  # fmt: skip
+    return stamped("quickstart", {"rows": rows, "seconds": 3.0, "budget": {}, "finetune": {}, "seed": 0, "conditions": CONDITIONS})
+
+
+def ops() -> dict[str, Any]:
+    rows = [
+        {"op": "matshift", "shape": f"3136×{k}×128", "contender": c, "median_us": t, "floor_us": 5.0, "share_of_floor": 5.0 / t}
+        for k in (32, 64) for c, t in (("shiftaddvit", 8.0), ("torch bfloat16", 10.0))
+    ]  # fmt: skip
+    return stamped("ops-bench", {"ceilings": {}, "conditions": CONDITIONS, "rows": rows})
+
+
+def train_bench() -> dict[str, Any]:
+    row = {"model": "pvt_v2_b0", "recipe": "ours-quant-moe", "mode": "bf16", "batch": 32, "status": "measured"}
+    times = {"median_us": 1e4, "low_us": 9e3, "high_us": 1.1e4, "images_per_s": 3200.0}
+    return stamped("train-bench", {"kind": "train", "conditions": CONDITIONS, "rows": [row | times]})
+
+
+def dispatch_of_a_network(pictures: int = 8) -> dict[str, Any]:
+    """As many mixtures and tokens as PVTv2-B0 has at 224×224."""
+    blocks = [f"stages.{stage}.blocks.{block}" for stage in range(4) for block in range(2)]
+    layers = [
+        {"name": f"{block}.{linear}", "experts": ["mult", "shift"], "tokens": side * side, "grid": [side, side], "prefix": 0, "share": [0.5, 0.5]}
+        for block in blocks for linear in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for side in [56 >> int(block.split(".")[1])]
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    shown = [
+        {
+            "name": f"{n}.png", "image": PNG, "width": 8, "height": 8, "label": f"class {n}", "predicted": f"class {n}",
+            "experts": {layer["name"]: "".join(map(str, rng.integers(0, 2, layer["tokens"]))) for layer in layers},
+        }
+        for n in range(pictures)
+    ]  # fmt: skip
+    return stamped("dispatch", dispatch() | {"layers": layers, "pictures": shown})
+
+
+def more(folder: Path) -> Path:
+    """What `results` lacks, so that with it there is a file of every kind; its search's files are `report_search_files`' to add."""
+    put(folder, "quick/quickstart.json", quickstart())
+    put(folder, "sensitivity.json", sensitivity())
+    put(folder, "ops.json", ops())
+    put(folder, "train.json", train_bench())
+    put(folder, "network.json", dispatch_of_a_network())
+    put(folder, "evaluate.json", stamped("evaluate", {"file": "m.safetensors", "split": "val", "precision": "no", **evaluation(155)}))
+    one = {key: value for key, value in energy("msa", 4).items() if key != "shiftaddvit"}
+    put(
+        folder,
+        "compare.json",
+        stamped("energy-compare", {"subject": one["subject"], "baseline": "msa", "recipes": {"msa": one}, "conditions": CONDITIONS}),
+    )
+    put(folder, "sweep.json", stamped("energy-sweep", {"over": "shift_share", "values": [0, 1], "total_mj": [2.0, 1.0], "conditions": CONDITIONS}))
+    scene = {"scene": "fern", "width": 504, "height": 378, "conditions": CONDITIONS}
+    put(folder, "views.json", stamped("nvs-bench", scene | {"rows": [{"row": "gnt", "seconds": 2.0, "joules": 30.0}]}))
+    put(folder, "nvs/result.json", stamped("nvs-train", {"steps": 10, "train_psnr": 20.0, "held_out_psnr": 19.0, "conditions": CONDITIONS}))
+    return folder

@@ -247,6 +247,25 @@ def test_edited_sensitivities_are_named(damages):
         Sensitivity.from_json(values, "s.json")
 
 
+def test_edited_latencies_are_named(model, tables):
+    table = replace(tables.cost("energy"), quantity="latency", conditions={"device": "a board"})
+    values = json.loads(json.dumps(stamped("search-latency", table.to_json())))
+    assert CostTable.from_json(values, "l.json", "latency") == table
+    values["rest"] = 0.0
+    with pytest.raises(UserError, match=r"l\.json was changed after it was written"):
+        CostTable.from_json(values, "l.json", "latency")
+
+
+def test_what_is_written_of_each_site_adds_up_to_the_totals(tables):
+    found = fit(tables, "energy=0.8")
+    values = json.loads(json.dumps(found.to_json()))
+    assert {site["name"]: site["becomes"] for site in values["sites"]} == found.point.choice
+    for quantity, total in found.point.totals.items():
+        summed = values["rest"].get(quantity, 0.0) + sum(site["here"][quantity] for site in values["sites"])
+        assert summed == pytest.approx(total, rel=1e-9, abs=1e-12), quantity
+    assert values["rest"]["energy"] + sum(site["dense"]["energy"] for site in values["sites"]) == pytest.approx(found.dense.totals["energy"])
+
+
 def test_half_a_file_is_named(tmp_path):
     path = tmp_path / "s.json"
     path.write_text('{"rows": [')

@@ -4,10 +4,10 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shiftaddvit.autorecipe.menu import Menu
+from shiftaddvit.autorecipe.menu import ROUNDING, Menu
 from shiftaddvit.autorecipe.optimise import front, least, nearest
 from shiftaddvit.errors import UserError
 
@@ -61,11 +61,13 @@ def reached(m: Menu, picks: list[tuple[int, ...]]) -> list[tuple[float, float]]:
 
 
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1), whole=st.booleans())
+@example(seed=123, share=1.0, whole=False)
 @settings(max_examples=25, deadline=None)
 def test_least_damage_under_budgets_is_that_of_brute_force(seed, share, whole):
     m = menu(seed, 5, 4, whole)
     limits = {q: m.least(q) + share * m.span(q) for q in ("energy", "latency")}
-    allowed = [m.totals(p) for p in every(m) if all(m.total(q, p) <= limit for q, limit in limits.items())]
+    # A limit is met to within rounding: sums that reach it exactly in other orders differ in the last bit.
+    allowed = [m.totals(p) for p in every(m) if all(m.total(q, p) <= limit + ROUNDING * m.span(q) for q, limit in limits.items())]
     found = least(m, ("kl", "energy"), limits)
     if not allowed:
         assert found is None

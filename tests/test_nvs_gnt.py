@@ -72,9 +72,10 @@ def test_feature_net_keeps_a_quarter_of_the_resolution(size):
 
 def test_feature_of_a_view_does_not_depend_on_the_others():
     torch.manual_seed(0)
-    net = GNT(TINY).eval()
-    images = torch.rand(3, 3, 40, 40)
-    assert torch.allclose(net.encode(images)[1:2], net.encode(images[1:2]), atol=1e-5)
+    # In double precision: in float32 some processors' convolutions round otherwise for three pictures than for one.
+    net = GNT(TINY).eval().double()
+    images = torch.rand(3, 3, 40, 40, dtype=torch.float64)
+    assert torch.allclose(net.encode(images)[1:2], net.encode(images[1:2]), rtol=0, atol=1e-12)
 
 
 def test_permuting_source_views_changes_nothing(asked):

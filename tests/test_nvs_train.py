@@ -152,7 +152,7 @@ def test_nan_stops_and_keeps_the_last_good_model(scene, tmp_path):
         train(model, [scene], tmp_path, config, show=False)
     kept = load_model(tmp_path / "model.safetensors")
     assert all(torch.isfinite(parameter).all() for parameter in kept.parameters())
-    assert kept.trained["steps"] >= 3
+    assert kept.trained.steps >= 3
 
 
 def test_training_lowers_the_error(scene, tmp_path):

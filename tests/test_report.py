@@ -20,7 +20,8 @@ from shiftaddvit.report.ablation import comparisons, table
 from shiftaddvit.report.charts import Point, front, ticks
 from shiftaddvit.report.kinds import READERS
 from shiftaddvit.report.maps import block_and_linear, cells, choice_table
-from shiftaddvit.report.page import content, render
+from shiftaddvit.report.contents import content
+from shiftaddvit.report.page import render
 from shiftaddvit.report.reading import read_results
 from shiftaddvit.report.tables import NOT_RUN, Cell, Column, Table, as_csv, as_latex, as_markdown, words
 from shiftaddvit.schema import VERSIONS, digest, stamped
@@ -224,6 +225,36 @@ def test_a_time_at_another_image_size_is_not_shown_beside_an_accuracy(folder):
     tiny, b0, _ = comparisons(read_results([folder]))
     assert all(line.speed is None for line in tiny.lines) and all(line.energy is None for line in b0.lines)
     assert cell_of(b0, "ours-quant-moe", "latency, ms").value == pytest.approx(0.5)
+
+
+def test_a_recipes_time_is_in_half_precision_where_there_is_one(tmp_path):
+    half = files.engine()["rows"][0]
+    full = half | {"contender": "engine ours-quant-moe", "median_us": 900.0, "low_us": 890.0, "high_us": 920.0, "images_per_s": 1e6 / 900}
+    for rows, expected in (([half, full], {500.0}), ([full], {900.0})):
+        (tmp_path / "speed.json").write_text(json.dumps(stamped("engine-bench", files.engine() | {"rows": rows})))
+        found = read_results([tmp_path])
+        assert {speed.median_us for speed in found.speeds if speed.recipe == "ours-quant-moe"} == expected
+        assert len(found.speeds) == len(rows)
+
+
+def test_a_column_of_energies_has_one_setting_of_the_accelerator(tmp_path):
+    files.put(tmp_path, "dense.json", files.finetune(150, None))
+    usual = files.energy("dense")["settings"] | {"units": "45nm", "bits": {"activation": 16, "shift_weight": None}}
+    other = usual | {"bits": {"activation": 8, "shift_weight": None}}
+    files.put(tmp_path, "a.json", files.energy("dense", settings=usual))
+    files.put(tmp_path, "b.json", files.energy("msa", settings=usual))
+    files.put(tmp_path, "c.json", files.energy("ours-quant-shift", settings=usual | {"bits": {"activation": 16, "shift_weight": 5}}))
+    files.put(
+        tmp_path, "d.json", files.energy("dense", settings=other, conditions=files.CONDITIONS | {"time": "2030-01-01T00:00:00+00:00"}, layers=7)
+    )
+    files.put(tmp_path, "e.json", files.energy("ours-quant-moe", settings=other))
+    found = content(read_results([tmp_path]))
+    lines = {line.recipe: line.energy for line in found.comparisons[0].lines}
+    assert {recipe: energy.mj_per_image for recipe, energy in lines.items() if energy} == pytest.approx(
+        dict.fromkeys(("dense", "msa", "ours-quant-shift"), 0.027)
+    )
+    titles = [chart.title for chart in found.energy_totals]
+    assert len(titles) == 2 and "'activation': 16" in titles[0] and "'activation': 8" in titles[1]
 
 
 def test_published_numbers_are_the_papers():

@@ -1,9 +1,8 @@
-"""Training: a run that is stopped and resumed equals one that never was; stages, groups, folders, and loud failures."""
+"""Training: stages, groups of parameters, loud failures, costs of experts, several processes."""
 
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -11,255 +10,26 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
+from train_runs import STEPS, TWO_STAGES, Stopping, loader, model, same
 
 import shiftaddvit
-from shiftaddvit.data.augment import AugmentConfig
-from shiftaddvit.data.resident import ResidentLoader
 from shiftaddvit.errors import UserError
+from shiftaddvit.files import write_json
 from shiftaddvit.layers import AngularAttention, KernelHash, MoELinear, ShiftLinear
-from shiftaddvit.reparam import Recipe, recipes, reparameterize
-from shiftaddvit.train import FinetuneConfig, Interrupted, NotFinite, StageConfig, finetune, pretraining
+from shiftaddvit.reparam import Recipe, recipes
+from shiftaddvit.schema import stamped, was_changed
+from shiftaddvit.train import FinetuneConfig, NotFinite, StageConfig, finetune, pretraining
 from shiftaddvit.train.config import config_from_dict
-from shiftaddvit.train.finetune import plan_stages
 from shiftaddvit.train.latency import measure_expert_latency, set_expert_costs
 from shiftaddvit.train.optim import make_optimizer, parameter_groups
-from shiftaddvit.train.run_folder import RunFolder, read_log
+from shiftaddvit.train.plan import plan_stages
 from shiftaddvit.train.position import Position, step_seed
+from shiftaddvit.train.run_folder import RunFolder, read_log
 
-torch.set_num_threads(1)
-ARGS = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "drop_path_rate": 0.1}
-TWO_STAGES = FinetuneConfig(
-    stages=(StageConfig("attention", 2, warmup_epochs=0.5), StageConfig("all", 2, warmup_epochs=0.5)),
-    ema_decay=0.9, cost="equal", seed=3,
-)  # fmt: skip
-STEPS = 3
-"""Batches an epoch."""
-
-
-def model(recipe: Recipe | str | None = "ours-quant-moe") -> nn.Module:
-    torch.manual_seed(0)
-    built = shiftaddvit.create_model("vit_tiny_patch16_224", ARGS)
-    return built if recipe is None else reparameterize(built, recipe)
-
-
-def loader(train: bool = True, **changes) -> ResidentLoader:
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (13, 32, 32, 3), dtype=np.uint8), np.arange(13) % 3
-    augment = AugmentConfig(rand_augment=None)
-    return ResidentLoader(images, labels, train=train, batch_size=4, augment=augment, seed=1, classes=3, **changes)
-
-
-class Stopping:
-    """A loader during which something happens before global batch `at`."""
-
-    def __init__(self, at: int, happens):
-        self.inner, self.at, self.happens, self.seen, self.batch_size = loader(), at, happens, 0, 4
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.inner.set_epoch(epoch)
-
-    def start_at(self, step: int) -> None:
-        self.inner.start_at(step)
-
-    def __iter__(self):
-        for images, targets in self.inner:
-            if self.seen == self.at:
-                images = self.happens(images)
-            self.seen += 1
-            yield images, targets
-
-
-def interrupt(images: torch.Tensor) -> torch.Tensor:
-    signal.raise_signal(signal.SIGINT)
-    return images
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    x, y = a.state_dict(), b.state_dict()
-    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted() -> nn.Module:
-    reference = model()
-    finetune(reference, loader(), loader(False), TWO_STAGES, show=False)
-    return reference
-
-
-# Each stage sees six batches.
-@pytest.mark.parametrize(
-    ("at", "fresh"), [(0, True), (STEPS - 1, True), (STEPS, True), (2 * STEPS, True), (4 * STEPS - 1, True), (1, False), (2 * STEPS + 1, False)]
-)
-def test_resuming_after_ctrl_c_equals_an_uninterrupted_run(at, fresh, tmp_path, uninterrupted):
-    stopped = model()
-    with pytest.raises(Interrupted):
-        finetune(stopped, Stopping(at, interrupt), loader(False), TWO_STAGES, output=tmp_path / "run", show=False)
-    resumed = model() if fresh else stopped
-    result = finetune(resumed, loader(), loader(False), TWO_STAGES, output=tmp_path / "run", resume=True, show=False)
-    assert same(resumed, uninterrupted)
-    assert [(entry["stage"], entry["epoch"]) for entry in result.history] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    assert same(shiftaddvit.load(tmp_path / "run" / "model.safetensors"), uninterrupted)
-
-
-def test_ctrl_c_during_an_evaluation_stops_too(tmp_path, uninterrupted):
-    evaluation = Stopping(7, interrupt)  # the last batch of the first stage's last evaluation
-    evaluation.inner = loader(False)
-    stopped = model()
-    with pytest.raises(Interrupted):
-        finetune(stopped, loader(), evaluation, TWO_STAGES, output=tmp_path / "run", show=False)
-    assert evaluation.seen == 8
-    finetune(stopped, loader(), loader(False), TWO_STAGES, output=tmp_path / "run", resume=True, show=False)
-    assert same(stopped, uninterrupted)
-
-
-def test_a_finished_run_resumes_to_itself(tmp_path, uninterrupted):
-    for _ in range(2):
-        again = model()
-        result = finetune(again, loader(), loader(False), TWO_STAGES, output=tmp_path / "run", resume=True, show=False)
-        assert same(again, uninterrupted) and len(result.history) == 4
-    stored = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert stored["history"] == result.history and stored["conditions"]["seed"] == 3
-    assert stored["evaluation"]["top1"] == result.evaluation.top1
-
-
-KILLS = """
-# Imports once and forks a run for every kill: starting Python would take longer than the run itself.
-import os, random, signal, sys, time
-from dataclasses import replace
-from pathlib import Path
-sys.path.insert(0, {folder!r})
-from test_train import TWO_STAGES, loader, model
-from shiftaddvit.train import finetune
-
-random.seed(0)
-checkpoint = Path({output!r}) / "checkpoint.pt"
-config = replace(TWO_STAGES, checkpoint_minutes=0.0)
-
-
-def written():
-    return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-
-
-def start():
-    child = os.fork()
-    if child == 0:
-        finetune(model(), loader(), loader(False), config, output={output!r}, resume=True, show=False)
-        os._exit(0)
-    return child
-
-
-kills = 0
-while kills < 6:
-    before, child, done = written(), start(), 0
-    while written() == before and not done:  # killed only after it got further, so that the end comes
-        time.sleep(0.001)
-        done = os.waitpid(child, os.WNOHANG)[0]
-    if done:
-        break
-    time.sleep(random.random() * 0.1)
-    os.kill(child, signal.SIGKILL)
-    kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-assert os.waitpid(start(), 0)[1] == 0
-print(kills)
-"""
-
-
-def test_a_run_killed_at_random_moments_reaches_the_same_result(tmp_path, uninterrupted):
-    run = tmp_path / "run"
-    code = KILLS.format(folder=str(Path(__file__).parent), output=str(run))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 2
-    assert same(shiftaddvit.load(run / "model.safetensors"), uninterrupted)
-    assert not list(run.glob(".*.tmp"))
-    assert all("event" in event for event in read_log(run / "log.jsonl"))
-
-
-class Interrupting(torch.utils.data.TensorDataset):
-    """Images of a plain data set; Ctrl-C comes when the `at`-th of them is read."""
-
-    at = -1
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self.at -= 1
-        if self.at == 0:
-            signal.raise_signal(signal.SIGINT)
-        image, label = super().__getitem__(index)
-        return image + 0.1 * torch.randn(()), label  # augmentation that draws from torch's random numbers
-
-
-def test_a_plain_data_loader_that_shuffles_resumes_inside_an_epoch(tmp_path):
-    def plain(at: int = -1) -> torch.utils.data.DataLoader:
-        rng = torch.Generator().manual_seed(0)
-        data = Interrupting(torch.randn(12, 3, 32, 32, generator=rng), torch.arange(12) % 3)
-        data.at = at
-        return torch.utils.data.DataLoader(data, 4, shuffle=True)
-
-    config = replace(TWO_STAGES, stages=(StageConfig("all", 2, warmup_epochs=0.5),), ema_decay=None)
-    expected, resumed = model("mlp-shift"), model("mlp-shift")
-    finetune(expected, plain(), None, config, show=False)
-    with pytest.raises(Interrupted):
-        finetune(model("mlp-shift"), plain(at=12 + 6), None, config, output=tmp_path / "run", show=False)
-    assert RunFolder(tmp_path / "run", True).load_checkpoint()["position"]["step"] in (1, 2)
-    finetune(resumed, plain(), None, config, output=tmp_path / "run", resume=True, show=False)
-    assert same(resumed, expected)
-
-
-def test_a_model_that_cannot_be_saved_is_refused_before_it_trains(tmp_path):
-    built = model("mlp-shift")
-    built.blocks[0].attn.num_heads = 4
-    with pytest.raises(UserError, match="blocks.0.attn.num_heads"):
-        finetune(built, loader(), None, TWO_STAGES, output=tmp_path / "run", show=False)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", ["run.json", "checkpoint.pt"])
-@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"[]"])
-def test_a_damaged_run_is_named_and_left_alone(name, damage, tmp_path):
-    run, config = tmp_path / "run", replace(TWO_STAGES, stages=(StageConfig("all", 1),))
-    finetune(model("mlp-shift"), loader(), None, config, output=run, show=False)
-    (run / name).write_bytes(damage((run / name).read_bytes()))
-    whole = (run / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match=f"{name} is damaged.*--overwrite"):
-        finetune(model("mlp-shift"), loader(), None, config, output=run, resume=True, show=False)
-    assert (run / "model.safetensors").read_bytes() == whole
-
-
-def test_resuming_with_other_batches_or_another_model_is_refused(tmp_path):
-    run, config = tmp_path / "run", replace(TWO_STAGES, stages=(StageConfig("all", 1),))
-    finetune(model("mlp-shift"), loader(), None, config, output=run, show=False)
-    other = loader()
-    other.batch_size = 6
-    with pytest.raises(UserError, match="another number of batches"):
-        finetune(model("mlp-shift"), other, None, config, output=run, resume=True, show=False)
-    deeper = reparameterize(shiftaddvit.create_model("vit_tiny_patch16_224", {**ARGS, "depth": 2}), "mlp-shift")
-    with pytest.raises(UserError, match="another model"):
-        finetune(deeper, loader(), None, config, output=run, resume=True, show=False)
-
-
-def test_what_a_kill_left_is_tidied(tmp_path):
-    run = tmp_path / "run"
-    config = replace(TWO_STAGES, stages=(StageConfig("all", 1),))
-    with pytest.raises(Interrupted):
-        finetune(model("mlp-shift"), Stopping(1, interrupt), None, config, output=run, show=False)
-    (run / ".checkpoint.pt.abc.tmp").write_bytes(b"half")
-    with open(run / "log.jsonl", "a") as log:
-        log.write('{"event": "st')
-    finetune(model("mlp-shift"), loader(), None, config, output=run, resume=True, show=False)
-    assert not (run / ".checkpoint.pt.abc.tmp").exists()
-    assert "resume" in [event["event"] for event in read_log(run / "log.jsonl")]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def planned(recipe: Recipe | str | None, config: FinetuneConfig = FinetuneConfig()) -> list[tuple[str, int]]:
@@ -445,9 +215,9 @@ def test_latency_is_measured_once_a_shape_and_cached(tmp_path):
     costs = measure_expert_latency(built, images, cache)
     assert set(costs) == {name for name, module in built.named_modules() if isinstance(module, MoELinear)}
     assert all(len(values) == 2 and min(values) > 0 for values in costs.values())
-    stored = json.loads(cache.read_text())
-    assert all(key.startswith("cpu") for key in stored) and len(stored) == 4
-    cache.write_text(json.dumps({key: [3.0, 1.0] for key in stored}))
+    rows = json.loads(cache.read_text())["rows"]
+    assert len(rows) == 4 and all(row["experts"] == ["mult", "shift"] and "thread" in row["device"] for row in rows)
+    write_json(cache, stamped("expert-latency", {"rows": [row | {"seconds": [3.0, 1.0]} for row in rows]}))
     costs = measure_expert_latency(built, images, cache)
     assert all(values == [3.0, 1.0] for values in costs.values())
     set_expert_costs(built, costs)
@@ -455,10 +225,42 @@ def test_latency_is_measured_once_a_shape_and_cached(tmp_path):
     assert measure_expert_latency(built, torch.randn(1, 3, 32, 32), cache) != costs  # another number of tokens
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]", ""])
-def test_a_broken_latency_cache_is_measured_again(content, tmp_path):
+def test_a_latency_of_another_device_is_not_taken(tmp_path):
+    built, images, cache = model("mlp-moe"), torch.randn(1, 3, 32, 32), tmp_path / "latency.json"
+    measure_expert_latency(built, images, cache)
+    rows = json.loads(cache.read_text())["rows"]
+    write_json(cache, stamped("expert-latency", {"rows": [row | {"seconds": [3.0, 1.0], "device": "another machine"} for row in rows]}))
+    assert all(values != [3.0, 1.0] for values in measure_expert_latency(built, images, cache).values())
+    assert len(json.loads(cache.read_text())["rows"]) == 2 * len(rows)
+
+
+ROW = {"device": "x", "layer": "mlp", "shape": [8, 8, 8], "experts": ["mult", "shift"], "tokens": 1, "dtype": "float32", "seconds": [3.0, 1.0]}
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[1, 2]", "", json.dumps({"cpu x2 | linear 8->8 mult/shift | tokens 4 | torch.float32": [3.0, 1.0]}),
+    json.dumps(stamped("expert-latency", {"rows": []}) | {"rows": [ROW]}), json.dumps(stamped("search-latency", {"rows": [ROW]})),
+    json.dumps({"shiftaddvit": 1, "rows": [ROW]}),
+], ids=["half", "list", "empty", "older", "edited", "other kind", "no stamp"])  # fmt: skip
+def test_a_latency_cache_that_is_none_of_ours_is_measured_again(content, tmp_path):
     (tmp_path / "latency.json").write_text(content)
     assert measure_expert_latency(model("mlp-moe"), torch.randn(1, 3, 32, 32), tmp_path / "latency.json")
+    assert all(row["device"] != "x" for row in json.loads((tmp_path / "latency.json").read_text())["rows"])
+
+
+def test_a_run_keeps_the_latencies_that_its_balance_loss_weighs_by(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built = model()
+    finetune(built, loader(), None, replace(TWO_STAGES, cost="latency"), output=tmp_path / "run", show=False)
+    kept = json.loads((tmp_path / "run" / "latency.json").read_text())
+    assert not was_changed(kept) and kept["shiftaddvit"]["kind"] == "expert-latency"
+    mixtures = {name: row["seconds"] for row in kept["rows"] for name in row["mixtures"]}
+    assert set(mixtures) == {name for name, module in built.named_modules() if isinstance(module, MoELinear)}
+    for name, seconds in mixtures.items():
+        expected = torch.tensor(seconds, dtype=torch.float32) / sum(seconds)
+        assert torch.allclose(built.get_submodule(name).latency, expected), name
+    finetune(model("mlp-shift"), loader(), None, TWO_STAGES, output=tmp_path / "run", overwrite=True, show=False)
+    assert not (tmp_path / "run" / "latency.json").exists(), "of the run that was replaced"
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_training(tmp_path):
@@ -493,7 +295,7 @@ import faulthandler, sys
 faulthandler.dump_traceback_later(200, exit=True)  # a deadlock shows where
 sys.path.insert(0, {folder!r})
 import torch
-from test_train import TWO_STAGES, loader, model
+from train_runs import TWO_STAGES, loader, model
 from dataclasses import replace
 from shiftaddvit.processes import this_process
 from shiftaddvit.data.order import Shard

@@ -13,9 +13,10 @@ from torch import nn
 from shiftaddvit.cost import Settings
 from shiftaddvit.cost.estimate import model_energy
 from shiftaddvit.errors import UserError
-from shiftaddvit.evaluation.sensitivity import Sensitivity
+from shiftaddvit.evaluation.sensitivity import Sensitivity, SensitivityRow
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.reparam.identity import Identity, identity
+from shiftaddvit.schema import was_changed
 
 from .menu import Menu
 from .options import DENSE, Options, changes, check_options, recipe_of
@@ -59,6 +60,8 @@ class CostTable:
         missing = [entry for entry in entries if not isinstance(values, Mapping) or entry not in values]
         if missing:
             raise UserError(f"{source} is no table of {quantity}: it lacks {', '.join(missing)}")
+        if was_changed(values):
+            raise UserError(f"{source} was changed after it was written: measure again")
         if values["quantity"] != quantity or values["unit"] != UNITS[quantity]:
             raise UserError(f"{source} holds {values['quantity']} in {values['unit']}, not {quantity} in {UNITS[quantity]}")
         costs = values["costs"]
@@ -101,19 +104,22 @@ def energy_table(
 
 
 def damage_menu(sensitivity: Sensitivity, options: Options, source: str = "the sensitivity table") -> dict[str, dict[str, dict[str, float]]]:
-    """Damage by quantity, site and option, nothing for `dense`. A gain in accuracy or loss before fine-tuning is noise and counts as no
-    damage, so that noise is not what the search optimises."""
+    """Damage by quantity, site and option, nothing for `dense`."""
     rows = {(row.where, row.primitive): row for row in sensitivity.rows}
     found: dict[str, dict[str, dict[str, float]]] = {quantity: {site: {DENSE: 0.0} for site in options} for quantity in DAMAGES}
     for site, names in options.items():
         for name in names:
-            row = rows.get((site, name))
-            if row is not None:
-                found["kl"][site][name] = row.kl
-                found["loss"][site][name] = max(0.0, row.loss - sensitivity.dense.loss)
-                found["drop"][site][name] = max(0.0, -row.difference)
+            if (site, name) in rows:
+                for quantity, value in damages(rows[site, name], sensitivity).items():
+                    found[quantity][site][name] = value
     check_options(options, found["kl"], source)
     return found
+
+
+def damages(row: SensitivityRow, sensitivity: Sensitivity) -> dict[str, float]:
+    """One change's damage, by quantity. A gain in accuracy or loss before fine-tuning is noise and counts as no damage, so that noise is
+    not what the search optimises."""
+    return {"kl": row.kl, "loss": max(0.0, row.loss - sensitivity.dense.loss), "drop": max(0.0, -row.difference)}
 
 
 def build_menu(options: Options, damages: Mapping[str, Mapping[str, Mapping[str, float]]], tables: Iterable[CostTable]) -> Menu:

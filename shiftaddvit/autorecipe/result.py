@@ -14,7 +14,7 @@ from shiftaddvit.reparam import Recipe
 
 from .budget import Budget
 from .check import Joint
-from .costs import COSTS, UNITS, CostTable
+from .costs import COSTS, DAMAGES, UNITS, CostTable, damages
 from .options import DENSE
 
 SHOWN = 16
@@ -79,6 +79,7 @@ class Found:
         return {
             "identity": self.sensitivity.identity.to_json(), "budgets": [str(budget) for budget in self.budgets], "met": self.met,
             "minimised": self.minimised, "damage": self.damage, "cost": self.cost, "units": UNITS, "found": plain(self.point),
+            "sites": self._sites(), "rest": {table.quantity: table.rest for table in self.costs},
             "together": self.together and self.together.to_json(), "dense": plain(self.dense), "front": [plain(point) for point in self.front],
             "rows": {name: plain(point) for name, point in self.rows.items()},
             "left_out": {site: dict(values) for site, values in self.left_out.items()}, "recipe": self.recipe.to_dict(),
@@ -86,6 +87,16 @@ class Found:
             | {"sensitivity": {"images": self.sensitivity.dense.images, "top1": self.sensitivity.dense.top1, **self.sensitivity.dense.conditions}},
             "seconds": self.seconds, "conditions": conditions("cpu", solver="HiGHS through scipy.optimize.milp"),
         }  # fmt: skip
+
+    def _sites(self) -> list[dict[str, Any]]:
+        """What every site becomes, and what the tables say of it there: their sums are the totals of `point`."""
+        rows = {(row.where, row.primitive): row for row in self.sensitivity.rows}
+        found = []
+        for site, option in self.point.choice.items():
+            harm = dict.fromkeys(DAMAGES, 0.0) if option == DENSE else damages(rows[site, option], self.sensitivity)
+            here, dense = ({table.quantity: table.costs[site][name] for table in self.costs} for name in (option, DENSE))
+            found.append({"name": site, "becomes": option, "here": harm | here, "dense": dense})
+        return found
 
     def view(self) -> RenderableType:
         """For people: the answer, the front with the shipped recipes, what is never worth its cost."""

@@ -1,4 +1,4 @@
-"""Is a result slower than a stored one? Both must come from the same kind of device."""
+"""Is a result wrong, and is it slower than a stored one? Both must come from the same kind of device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,12 @@ IDENTITY = ("op", "model", "recipe", "mode", "batch", "shape", "contender", "dty
 """Fields that say what a row measured."""
 TIME = "median_us"
 """The field compared."""
+
+
+def is_wrong(row: Mapping[str, Any]) -> bool:
+    """Whether this row of a benchmark's result was found wrong or failed. Every row of every benchmark has a `status`: `measured`,
+    `wrong`, `wrong: why`, `failed: why` or `not run: why`."""
+    return row["status"].startswith(("wrong", "failed"))
 
 
 @dataclass(frozen=True)

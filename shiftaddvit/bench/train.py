@@ -143,7 +143,7 @@ def _measure(name: str, recipe: str, mode: str, plan: TrainPlan, device: torch.d
         finetune(model, batches, None, config, output=Path(folder) / "run", show=False)
         losses = [event["loss"] for event in read_log(Path(folder) / "run" / "log.jsonl") if event["event"] == "step"]
     times = batches.step_us(plan.warmup)
-    tenths = quantiles(times, n=10) if len(times) > 1 else [times[0]] * 9
+    tenths = quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
         "status": "measured", "median_us": median(times), "low_us": tenths[0], "high_us": tenths[-1], "steps": len(times),

@@ -21,24 +21,26 @@ app = typer.Typer(
     add_completion=False,
 )
 
+Models = Annotated[list[str] | None, typer.Argument(help="timm names, pvt_tiny … (default: pvt_v2_b0)")]
+Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="May be repeated; dense is the model as it is. (default: see above)")]
+Batches = Annotated[list[int] | None, typer.Option("--batch", help="May be repeated. (default: 1, 32, 256; for models on a CPU 1, 8)")]
+Side = Annotated[int, typer.Option("--image-size", help="Pixels of a side.")]
+Compiled = Annotated[bool, typer.Option(help="Measure torch.compile too.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The few cases that tell most, in about five minutes.")]
 Output = Annotated[Path | None, typer.Option("--json", help="Write the result here, after every row.")]
 Against = Annotated[Path | None, typer.Option(help="A stored result of the same device: name what became slower.")]
 Tolerance = Annotated[float, typer.Option(help="How much slower counts, as a share.")]
-Quick = Annotated[bool, typer.Option("--quick", help="The few cases that tell most, in about five minutes.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of --json.")]
-Models = Annotated[list[str] | None, typer.Argument(help="timm names, pvt_tiny … (default: pvt_v2_b0)")]
-Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="May be repeated.")]
 
 
 @app.command()
 def ops(
     names: Annotated[list[str] | None, typer.Argument(help="matshift, matadd … (default: all)")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. (default: 1, 32, 256)")] = None,
+    batch: Batches = None,
     quick: Quick = False,
     as_json: Output = None,
     against: Against = None,
     tolerance: Tolerance = 0.05,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Every kernel beside its baselines and its physical floor (needs a GPU)."""
     keep, stored = _files("ops-bench", as_json, against, overwrite)
@@ -51,20 +53,24 @@ def ops(
 @app.command()
 def model(
     models: Models = None,
-    recipe: Annotated[list[str] | None, typer.Option(help="May be repeated. (default: ours-quant-moe, on a CPU ours-quant-shift too)")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. (default: 1, 32, 256; on a CPU 1, 8)")] = None,
+    recipe: Recipes = None,
+    batch: Batches = None,
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU where there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the engine on a GPU: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32 on a GPU, of the engine; bfloat16 or float32 on a CPU. (default: bfloat16, on a CPU both)"),
+    ] = None,
     threads: Annotated[int, typer.Option(help="On a CPU.")] = 2,
-    compiled: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
+    compiled: Compiled = True,
     steps: Annotated[bool, typer.Option(help="On a GPU also time every step of the engine.")] = True,
     quick: Quick = False,
     as_json: Output = None,
     against: Against = None,
     tolerance: Tolerance = 0.05,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """Whole models: the engine, converted and dense, beside timm's model compiled, graphed and eager."""
+    """Whole models: the engine, converted (by default to ours-quant-moe, on a CPU to ours-quant-shift too) and dense, beside timm's model
+    compiled, graphed and eager."""
     keep, stored = _files("engine-bench", as_json, against, overwrite)
     import torch
 
@@ -74,13 +80,15 @@ def model(
     if device == "cpu":
         from shiftaddvit.engine.bench_cpu import CpuPlan, bench_cpu
 
-        chosen = _known(recipe, ("ours-quant-moe", "ours-quant-shift"))
-        plan = CpuPlan(names, chosen, tuple(batch or (1, 8)), threads, compiled, 20 if quick else 60, minutes)
+        chosen = _converted(recipe, ("ours-quant-moe", "ours-quant-shift"))
+        dtypes = (dtype,) if dtype else CpuPlan.dtypes
+        plan = CpuPlan(names, chosen, tuple(batch or (1, 8)), threads, compiled, 20 if quick else 60, minutes, dtypes)
         result = bench_cpu(plan, show=typer.echo, keep=keep)
     else:
         from shiftaddvit.engine.bench import Plan, bench_models
 
-        plan = Plan(names, _known(recipe, ("ours-quant-moe",)), tuple(batch or (1, 32, 256)), dtype, compiled=compiled, steps=steps, minutes=minutes)
+        chosen = _converted(recipe, ("ours-quant-moe",))
+        plan = Plan(names, chosen, tuple(batch or (1, 32, 256)), dtype or Plan.dtype, compiled=compiled, steps=steps, minutes=minutes)
         result = bench_models(plan, show=typer.echo, keep=keep)
     _judge(result, stored, tolerance)
 
@@ -90,20 +98,21 @@ def train(
     models: Models = None,
     recipe: Recipes = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
-    image_size: Annotated[int, typer.Option(help="Pixels of a side.")] = 224,
-    precision: Annotated[str, typer.Option(help="no (float32), fp16 or bf16.")] = "bf16",
-    compiled: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
+    image_size: Side = 224,
+    precision: options.Precision = "bf16",
+    compiled: Compiled = True,
     quick: Quick = False,
     as_json: Output = None,
     against: Against = None,
     tolerance: Tolerance = 0.05,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """A fine-tuning step, dense and converted: time, images a second, memory."""
+    """A fine-tuning step, dense and converted (by default to ours-quant-add, ours-quant-shift and ours-quant-moe): time, images a second,
+    memory."""
     keep, stored = _files("train-bench", as_json, against, overwrite)
     from shiftaddvit.bench import TrainPlan, bench_training
 
-    chosen = ("dense", *(name for name in _known(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes) if name != "dense"))
+    chosen = ("dense", *_converted(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes))
     plan = TrainPlan(
         tuple(models or ("pvt_v2_b0",)), chosen, ("eager", "compiled") if compiled else ("eager",), batch_size, image_size, precision,
         steps=15 if quick else 30, minutes=4.0 if quick else 20.0,
@@ -116,13 +125,14 @@ def train(
 def tiles(
     models: Models = None,
     recipe: Recipes = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated. (default: 1, 32, 256)")] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels of a side.")] = 224,
+    batch: Batches = None,
+    image_size: Side = 224,
     seconds: Annotated[float, typer.Option(help="Stop after about so long for each model and recipe; what was measured is kept.")] = 240.0,
     again: Annotated[bool, typer.Option("--again", help="Also those that have been measured on this kind of GPU.")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Add to this table instead of the user's cache.")] = None,
 ) -> None:
-    """Measure the tiles of the engine's kernels for these models on this GPU; `deploy` does so by itself for what is new to it."""
+    """Measure the tiles of the engine's kernels for these models (by default ours-quant-moe and dense) on this GPU; `deploy` does so by
+    itself for what is new to it."""
     import torch
 
     from shiftaddvit.engine.lower import lower
@@ -154,6 +164,11 @@ def _known(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(given or usual)
 
 
+def _converted(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the dense model, which is measured in any case."""
+    return tuple(name for name in _known(given, usual) if name != "dense")
+
+
 def _files(kind: str, as_json: Path | None, against: Path | None, overwrite: bool) -> tuple[Callable[[dict], None], dict | None]:
     """What keeps a result of this kind, and the stored one; both looked at before anything is measured."""
     from shiftaddvit.files import write_json
@@ -175,12 +190,9 @@ def _files(kind: str, as_json: Path | None, against: Path | None, overwrite: boo
 
 
 def _judge(result: dict, stored: dict | None, tolerance: float) -> None:
-    from shiftaddvit.bench import regressions
+    from shiftaddvit.bench import is_wrong, regressions
 
-    wrong = [
-        row for row in result["rows"]
-        if str(row.get("status", "")).startswith(("wrong", "failed")) or row.get("error", 0.0) > 0 and "median_us" not in row
-    ]  # fmt: skip
+    wrong = [row for row in result["rows"] if is_wrong(row)]
     slower = regressions(result, stored, tolerance) if stored is not None else []
     for found in slower:
         typer.echo(f"slower than stored: {found}", err=True)

@@ -122,39 +122,41 @@ def search(
     about = {"model": {"name": built.name, "args": dict(built.args)}, "file": model if choice.is_file else None, "data": data}
     about |= {"split": split, "images": images, "seed": seed} if data is not None else {}
     measured = read_json(sensitivity) if sensitivity else stamped("sensitivity", about | found.sensitivity.to_json())
-    written = _write(found, output, about, measured, figure)
-    _show(found, written, about, as_json, model, output)
+    result = stamped("search", about | found.to_json())
+    written = _write(found, output, result, measured, figure)
+    _show(found, written, result, as_json, model, output)
 
 
-def _write(found: "Found", output: Path, about: dict[str, Any], measured: dict[str, Any], figure: bool) -> list[Path]:
+def _write(found: "Found", output: Path, result: dict[str, Any], measured: dict[str, Any], figure: bool) -> list[Path]:
     from shiftaddvit.autorecipe.figure import front_figure
     from shiftaddvit.files import atomic_write, write_json
+    from shiftaddvit.schema import stamped
 
     with atomic_write(output / RECIPE) as temporary:
         temporary.write_text(found.recipe.to_toml())
-    write_json(output / RESULT, about | found.to_json())
+    write_json(output / RESULT, result)
     write_json(output / SENSITIVITY, measured)
     written = [output / RECIPE, output / RESULT, output / SENSITIVITY]
     for table in found.costs:
         if table.quantity == "latency":
-            write_json(output / LATENCY, table.to_json())
+            write_json(output / LATENCY, stamped("search-latency", table.to_json()))
             written.append(output / LATENCY)
     return written + (front_figure(found, output / FIGURE) if figure else [])
 
 
-def _show(found: "Found", written: list[Path], about: dict[str, Any], as_json: bool, model: str, output: Path) -> None:
+def _show(found: "Found", written: list[Path], result: dict[str, Any], as_json: bool, model: str, output: Path) -> None:
     import json
 
     from rich.console import Console
 
     if as_json:
-        sys.stdout.write(json.dumps(about | found.to_json(), indent=1, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(found.view())
     typer.echo(f"written: {', '.join(map(str, written))}")
-    if about["data"] is not None and about["split"] != "train":
-        typer.echo(f"the search has looked at the {about['split']} images: the accuracy to report must come from others")
+    if result["data"] is not None and result["split"] != "train":
+        typer.echo(f"the search has looked at the {result['split']} images: the accuracy to report must come from others")
     if found.recipe.overrides:
         typer.echo(f"next: shiftaddvit finetune {model} DATA --recipe {output / RECIPE} --output RUN")
     else:

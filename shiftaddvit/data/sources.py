@@ -62,7 +62,7 @@ def open_dataset(
 def check_classes(data: ImageData, outputs: int) -> None:
     """Raise `UserError` unless every label of the data has an output of the model."""
     if data.num_classes > outputs or (data.classes is not None and data.num_classes != outputs):
-        raise UserError(f"the data have {data.num_classes} classes but the model {outputs} outputs: create the model with {data.num_classes} classes")
+        raise UserError(f"the data have {data.num_classes} classes but the model {outputs} outputs: they must agree (num_classes of the model, --num-classes of a command)")
 
 
 def _from_folder(root: Path, split: str) -> ImageStore:

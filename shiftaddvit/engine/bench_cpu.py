@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,6 +37,8 @@ WORST = 0.1
 """Of every image."""
 LEAST_TOLERANCE = 1e-2
 """In bfloat16: the error in 2-norm over all logits that is always allowed; otherwise twice that of the same model under autocast."""
+SECONDS_TO_END = 5.0
+"""A contender's process may take so long to end by itself."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def _measure(name: str, batch: int, plan: CpuPlan, seconds: float) -> list[dict]
             rows[contender][title] = _spread(mine)
             if BASELINE in times:
                 rows[contender][f"{title}_ratio"] = _spread([theirs[clock] / time for theirs, time in zip(times[BASELINE], mine, strict=True)])
+        rows[contender] |= _in_common([wall for wall, _ in times[contender]], batch)
         rows[contender]["turns"] = len(times[contender])
     return [rows[contender] for contender in contenders]
 
@@ -150,6 +153,12 @@ def _measure(name: str, batch: int, plan: CpuPlan, seconds: float) -> list[dict]
 def _spread(values: list[float]) -> dict[str, float]:
     low, *_, high = quantiles(values, n=4, method="inclusive")
     return {"median": median(values), "low": low, "high": high}
+
+
+def _in_common(milliseconds: list[float], batch: int) -> dict[str, float]:
+    """The wall clock in the fields that rows of every benchmark have, which `--against` and reports read."""
+    middle, tenths = median(milliseconds), quantiles(milliseconds, n=10, method="inclusive")
+    return {"median_us": 1e3 * middle, "low_us": 1e3 * tenths[0], "high_us": 1e3 * tenths[-1], "images_per_s": 1e3 * batch / middle}
 
 
 @contextmanager
@@ -162,11 +171,17 @@ def _workers(name: str, batch: int, plan: CpuPlan, contenders: list[Contender]) 
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, contender, name, batch, plan), daemon=True)
             process.start()
+            theirs.close()
             pipes[contender] = ours
             processes.append(process)
         yield pipes
     finally:
+        # A closed pipe ends its worker in the ordinary way, so that it gives back what it holds (torch.compile's progress bar has a named
+        # semaphore); only one that is still busy, because we were interrupted, is stopped.
+        for pipe in pipes.values():
+            pipe.close()
         for process in processes:
+            process.join(SECONDS_TO_END)
             process.terminate()
             process.join()
 
@@ -174,18 +189,16 @@ def _workers(name: str, batch: int, plan: CpuPlan, contenders: list[Contender]) 
 def _serve(pipe, contender: Contender, name: str, batch: int, plan: CpuPlan) -> None:
     """A contender's process: check when told to start, then time one call whenever asked."""
     torch.set_num_threads(plan.threads)
-    pipe.recv()
-    found, call = _build(contender, name, batch, plan)
-    pipe.send(found)
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        pipe.recv()
+        found, call = _build(contender, name, batch, plan)
+        pipe.send(found)
+        while True:
             pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        call()  # brings weights and code back into the caches that the others have used meanwhile
-        start, used = time.perf_counter(), time.process_time()
-        call()
-        pipe.send((1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - used)))
+            call()  # brings weights and code back into the caches that the others have used meanwhile
+            start, used = time.perf_counter(), time.process_time()
+            call()
+            pipe.send((1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - used)))
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """A program deployed on one device: buffers, CUDA graphs, a lock."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ class Engine:
         self._buffer: Tensor | None = None
         self._done: torch.cuda.Event | None = None
         self.cpu_program: CpuProgram | None = prepare(program, int8) if self._suits_cpu_program else None
+        if int8 and not any("int8" in runner.how for runner in self.cpu_program.runners):
+            warnings.warn(
+                "int8=True changes nothing here: no linear is wide enough with weights exact in eight bits (shift codes of 4 bits)", stacklevel=3
+            )
         if self.device.type == "cuda":
             self._capture()
 
@@ -117,7 +122,11 @@ class Engine:
             raise UserError(f"images must be a tensor (B, channels, height, width), got {type(images).__name__}")
         wanted = (self.program.channels, *self.program.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
-            hint = "; it looks like channels last: permute(0, 3, 1, 2)" if tuple(images.shape[1:]) == (*wanted[1:], wanted[0]) else ""
+            hint = ""
+            if tuple(images.shape[1:]) == (*wanted[1:], wanted[0]):
+                hint = "; it looks like channels last: permute(0, 3, 1, 2)"
+            elif images.dim() == 4 and images.shape[1] == wanted[0]:
+                hint = f"; an engine for these: deploy(model, image_size={tuple(images.shape[2:])})"
             raise UserError(f"images must be (B, {', '.join(map(str, wanted))}), got {tuple(images.shape)}{hint}")
         if images.dtype not in _IMAGE_DTYPES:
             raise UserError(f"images must be float32, float16 or bfloat16 (normalised), got {images.dtype}")

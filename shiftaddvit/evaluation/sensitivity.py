@@ -16,7 +16,7 @@ from shiftaddvit.reparam import Recipe, calibrate, reparameterize
 from shiftaddvit.reparam.calibrate import needs_calibration
 from shiftaddvit.reparam.identity import Identity, identity
 from shiftaddvit.reparam.sites import AttentionSite, MlpSite, find_sites
-from shiftaddvit.schema import STAMP, digest
+from shiftaddvit.schema import was_changed
 
 from .accuracy import Evaluation, compare, evaluate
 
@@ -97,8 +97,7 @@ class Sensitivity:
             raise UserError(
                 f"{source} holds no sensitivities: it needs the entries dense, rows and skipped, as 'shiftaddvit sensitivity --json' writes"
             )
-        stamp = values.get(STAMP)
-        if isinstance(stamp, Mapping) and stamp.get("digest") != digest(values):
+        if was_changed(values):
             raise UserError(f"{source} was changed after it was written: measure again")
         names = {f.name for f in fields(SensitivityRow)}
         rows = []

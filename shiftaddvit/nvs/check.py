@@ -35,6 +35,11 @@ class HeldOut:
             views.append((chosen, colors, scene.poses[view]))
         return cls(tuple(views))
 
+    @property
+    def pixels(self) -> int:
+        """Of all views together."""
+        return sum(len(colors) for _, colors, _ in self.views)
+
     @torch.no_grad()
     def psnr(self, model: nn.Module, bank: SourceBank, precision: str) -> float:
         """Mean over the views, dB; the model is left in the mode it was in."""

@@ -4,23 +4,27 @@ import json
 import os
 from copy import deepcopy
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from shiftaddvit.entropy import deflate_codes, inflate_codes
 from shiftaddvit.errors import UserError, unknown
 from shiftaddvit.files import atomic_write
 from shiftaddvit.layers.packed import pack
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.serialization import read_metadata
 
+from .card import ViewFacts, write_view_card
 from .floors import Nearest, Sweep
 from .gnt import GNT, GNTConfig
 from .nerf import NeRF, NeRFConfig
 
-FORMAT = 1
+FORMAT = 2
+"""Of new files. Format 1 differs in packed codes, which it holds as they lie in memory."""
 HEADER = "shiftaddvit.nvs"
 
 
@@ -32,9 +36,10 @@ def kind_of(model: nn.Module) -> str:
     raise UserError(f"{type(model).__name__} is not a view model; allowed: GNT, NeRF")
 
 
-def save_model(model: GNT | NeRF, path: str | os.PathLike, trained: dict[str, object] | None = None, packed: bool = False) -> None:
-    """Write weights, configuration and recipe, atomically. `packed` stores shift layers as integer codes: the same function, no longer
-    trainable. `trained` is kept as plain JSON: which scene, at which width, how long."""
+def save_model(model: GNT | NeRF, path: str | os.PathLike, trained: ViewFacts = ViewFacts(), packed: bool = False) -> Path | None:
+    """Write weights, configuration and recipe, atomically, and a model card beside them. `packed` stores shift layers as integer codes: the
+    same function, no longer trainable. `trained` is kept in the file: which scenes, how large, how long, how well. Returns where the card
+    went; None where the user's own files are in the way."""
     recipe = getattr(model, "shiftaddvit_recipe", None)
     packed = packed or getattr(model, "shiftaddvit_packed", False)
     header = {
@@ -43,12 +48,14 @@ def save_model(model: GNT | NeRF, path: str | os.PathLike, trained: dict[str, ob
         "config": asdict(model.config),
         "recipe": recipe.to_dict() if recipe is not None else None,
         "packed": packed,
-        "trained": trained or {},
+        "trained": trained.to_json(),
     }
     written = pack(deepcopy(model)) if packed else model
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.state_dict().items()}
+    deflate_codes(written, tensors)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header), "format": "pt"})
+    return write_view_card(Path(path), written, header, trained)
 
 
 def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> GNT | NeRF:
@@ -63,8 +70,10 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> G
         model.shiftaddvit_packed = True
     with safe_open(str(path), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if header["format"] > 1:
+        inflate_codes(model, tensors, path)
     load_weights(model, tensors, str(path))
-    model.trained = header["trained"]
+    model.trained = ViewFacts.from_json(header["trained"])
     return model.to(device).eval()
 
 
@@ -74,8 +83,8 @@ def read_header(path: str | os.PathLike) -> dict:
     if text is None:
         raise UserError(f"{path} holds no view model; allowed: a file written by 'nvs train', or a published GNT .pth")
     header = json.loads(text)
-    if header.get("format") != FORMAT:
-        raise UserError(f"{path} has format {header.get('format')}; this version reads format {FORMAT}")
+    if header.get("format") not in range(1, FORMAT + 1):
+        raise UserError(f"{path} has format {header.get('format')}; this version reads formats up to {FORMAT}")
     if header.get("kind") not in ("gnt", "nerf"):
         raise unknown(f"kind of model in {path}", str(header.get("kind")), ("gnt", "nerf"))
     return header

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -21,78 +20,14 @@ from shiftaddvit.train.progress import TrainingProgress
 from shiftaddvit.train.run_folder import CHECKPOINT, MODEL, RunFolder, told_when_full
 
 from .batch import Batch, TrainingScene, draw_batch, step_seed
+from .card import ViewFacts
 from .check import HeldOut
 from .gnt import GNT
 from .memory import Chunk, first_chunk
 from .scene import Scene, check_sources
 from .state import kind_of, save_model
 from .step import Balance, add_gradients, measure_costs
-
-
-@dataclass(frozen=True)
-class NvsTrainConfig:
-    """How a view model trains. The defaults suit a single scene; `NvsTrainConfig.published()` is GNT's recipe."""
-
-    steps: int = 20_000
-    """Optimisation steps, one target view each."""
-    minutes: float | None = None
-    """Stop after so long if the steps take longer; the learning rate then follows the clock."""
-    rays: int = 2048
-    """Pixels of the target view in a step."""
-    lr: float = 5e-4
-    """Of everything but the feature net."""
-    lr_features: float = 1e-3
-    """Of the feature net."""
-    schedule: Literal["cosine", "halving"] = "cosine"
-    """`cosine` to 2 % of the learning rate at the end; `halving` every 50,000 steps, as published."""
-    warmup_steps: int = 200
-    """Linear warm-up."""
-    shift_lr_scale: float = 10.0
-    """Learning rate of shift exponents and signs relative to `lr`: they live in log2 units."""
-    balance_weight: float = 0.01
-    """λ of the latency-aware balance loss, for models with mixtures."""
-    measure_latency: bool = True
-    """Measure both experts of each mixture on this device for the balance loss; otherwise they count as equal."""
-    clip_grad: float = 1.0
-    """Largest gradient norm; 0 leaves it."""
-    source_jitter: int = 2
-    """The number of source views varies by so many from step to step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: matrix products in bfloat16; geometry, encodings, softmax and norms in float32."""
-    compile: bool = False
-    """torch.compile the transformer and the feature net (not with mixtures, whose routing is recorded as it happens)."""
-    seed: int = 0
-    """Of everything random: a resumed run equals one that never stopped, on the same CPU."""
-    check_every: int = 1000
-    """Steps between looks at the loss and at held-out pixels."""
-    checkpoint_minutes: float = 2.0
-    """Longest time between checkpoints."""
-
-    def __post_init__(self) -> None:
-        for field in ("steps", "rays", "check_every"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} = {getattr(self, field)}; allowed: 1 and more")
-        for field in ("lr", "lr_features", "shift_lr_scale"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise UserError(f"{field} = {getattr(self, field)}; allowed: a positive number")
-        if self.minutes is not None and self.minutes <= 0:
-            raise UserError(f"minutes = {self.minutes}; allowed: a positive number")
-        if self.schedule not in ("cosine", "halving"):
-            raise UserError(f"schedule = {self.schedule!r}; allowed: 'cosine', 'halving'")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision = {self.precision!r}; allowed: 'fp32', 'bf16'")
-
-    @classmethod
-    def published(cls, steps: int = 250_000) -> "NvsTrainConfig":
-        """GNT's own: Adam at 5e-4 and 1e-3, halved every 50,000 steps; no clipping, no warm-up. Fine-tuning takes 60,000 steps."""
-        return cls(steps=steps, rays=4096, schedule="halving", warmup_steps=0, clip_grad=0.0)
-
-    def lr_factor(self, step: int, progress: float) -> float:
-        """Of the learning rate; `progress` from 0 to 1 by steps or by the clock, whichever is further."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.schedule == "halving":
-            return warm * 0.5 ** (step / 50_000)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+from .train_config import NvsTrainConfig
 
 
 @dataclass(frozen=True)
@@ -158,6 +93,7 @@ class _Training:
         self.chunk = Chunk(min(config.rays, first_chunk(model.bytes_per_ray(True), device)))
         self.held_out = HeldOut.of(scenes[0].scene, device)
         self.step, self.seconds = 0, 0.0
+        self.looked = TrainResult(0, 0.0, None, None)
         self.balance: Balance | None = None
         if config.compile and not expert_costs(model):
             for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
@@ -238,6 +174,7 @@ class _Training:
         held_out = self.held_out.psnr(self.model, self.scenes[0].bank, self.config.precision) if self.held_out else None
         result = TrainResult(self.step, self.seconds, -10 * math.log10(max(error, 1e-12)), held_out)
         self.folder.log(asdict(result) | {"rays_at_once": self.chunk.rays})
+        self.looked = result
         return result
 
     def _stop(self, why: str) -> None:
@@ -253,11 +190,23 @@ class _Training:
             if not torch.isfinite(parameter).all():
                 self._stop(f"parameter {name} is not finite")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
-        scene = self.scenes[0].scene
-        trained = {"scenes": [one.scene.name for one in self.scenes], "width": scene.width, "steps": self.step, "seconds": self.seconds}
         with told_when_full(self.folder.path):
-            save_model(self.model, self.folder.path / MODEL, trained)
+            save_model(self.model, self.folder.path / MODEL, self._facts())
         self.folder.save_checkpoint(state)  # last: a run with a checkpoint has a model
+
+    def _facts(self) -> ViewFacts:
+        scene = self.scenes[0].scene
+        facts = ViewFacts(
+            tuple(one.scene.name for one in self.scenes), scene.width, scene.height, sum(len(one.scene.train) for one in self.scenes),
+            self.step, self.seconds, self.config.rays,
+        )  # fmt: skip
+        if self.held_out is None or self.looked.steps != self.step:
+            return facts
+        measured = conditions(self.device, precision=self.config.precision)
+        return replace(
+            facts, psnr=self.looked.held_out_psnr, held_out_views=len(self.held_out.views), held_out_pixels=self.held_out.pixels,
+            conditions={key: measured[key] for key in ("device", "precision", "torch", "time")},
+        )  # fmt: skip
 
     def _restore(self) -> None:
         state = self.folder.load_checkpoint()

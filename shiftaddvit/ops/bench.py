@@ -1,5 +1,6 @@
 """Measure the ops on a GPU (`shiftaddvit bench ops`). Correct first, then timed; a wrong result has no time."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -35,8 +36,9 @@ def bench_ops(
     """Measure the named ops (all when empty) and return a JSON-able dict: conditions, ceilings and one row a contender. `keep` gets the
     result so far after every case.
 
-    A row has the time's median and tenth and ninetieth percentiles in µs, the error against the exact result, achieved bytes/s, the
-    floor (the larger of bytes over copy bandwidth and operations over matrix rate) and the share of it that was reached.
+    A row has a status (`measured` or `wrong`), the time's median and tenth and ninetieth percentiles in µs, the error against the exact
+    result, achieved bytes/s, the floor (the larger of bytes over copy bandwidth and operations over matrix rate) and the share of it that
+    was reached.
     """
     if not torch.cuda.is_available():
         raise UserError("measuring ops needs a CUDA device")
@@ -71,7 +73,8 @@ def measure(case: Case, limits: dict[str, float], compiled: bool, show: Callable
         with failure_noted(row):
             if name not in case.unchecked:
                 row["error"] = relative_error(call(*first), expected, case.units.get(name, 1.0))
-            if row.get("error", 0.0) <= case.tolerance:
+            row["status"] = "measured" if row.get("error", 0.0) <= case.tolerance else "wrong"
+            if row["status"] == "measured":
                 timing = time_call(call, inputs)
                 row |= asdict(timing) | {
                     "bytes_per_s": case.bytes / (timing.median_us * 1e-6),
@@ -92,8 +95,8 @@ def relative_error(y: Tensor, expected: Tensor, unit: float = 1.0) -> float:
 
 def _line(row: dict) -> str:
     name = f"{row['op']:17s}{row['shape']:46s}{row['contender']:26s}"
-    if "median_us" not in row:
-        return name + row.get("status", f"WRONG: error {row.get('error', 1e30):.1e}")
+    if row["status"] != "measured":
+        return name + (f"WRONG: error {row.get('error', math.nan):.1e}" if row["status"] == "wrong" else row["status"])
     error = f"{row['error']:.0e}" if "error" in row else "-"
     return (
         f"{name}{row['median_us']:9.2f} µs [{row['low_us']:.2f} … {row['high_us']:.2f}]  {row['bytes_per_s'] / 1e12:5.2f} TB/s  "

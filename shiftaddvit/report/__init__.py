@@ -6,8 +6,9 @@ from pathlib import Path
 
 from shiftaddvit.files import atomic_write
 
+from .contents import content
 from .figures import write_figures
-from .page import content, render
+from .page import render
 from .reading import read_results
 from .results import Skipped
 

@@ -1,11 +1,13 @@
 """From results to the page's charts."""
 
+import json
 from collections.abc import Iterable
 
 from shiftaddvit.published import classification
 
 from .ablation import Comparison, Line
 from .charts import Bars, Lines, Point, Scatter, Series
+from .maps import block_and_linear, in_words
 from .read_costs import LEVELS
 from .results import Curve, EnergyResult, Results
 
@@ -77,12 +79,21 @@ def energy_totals(energies: Iterable[EnergyResult]) -> tuple[Bars, ...]:
     for found in energies:
         groups.setdefault((found.model, found.mode, found.setting), []).append(found)
     charts = []
-    for number, ((model, mode, _), group) in enumerate(groups.items()):
+    for number, ((model, mode, setting), group) in enumerate(groups.items()):
         newest = {e.recipe: e for e in sorted(group, key=lambda e: e.source.time)}
         rows = tuple((recipe, _levels(e)) for recipe, e in sorted(newest.items(), key=lambda entry: -entry[1].mj_per_image))
         size = f" at {model.size[0]}×{model.size[1]}" if model.size else ""
-        charts.append(Bars(f"energy-{number}", f"{model.name}{size}, one image, mode {mode}", "mJ", tuple(LEVEL_NAMES.values()), rows))
+        special = _special(setting, [other for m, kind, other in groups if (m, kind) == (model, mode)])
+        title = f"{model.name}{size}, one image, mode {mode}{special}"
+        charts.append(Bars(f"energy-{number}", title, "mJ", tuple(LEVEL_NAMES.values()), rows))
     return tuple(charts)
+
+
+def _special(setting: str, settings: list[str]) -> str:
+    """What tells a setting from the others of a network, in words."""
+    mine, all_of_them = json.loads(setting), [json.loads(other) for other in settings]
+    differ = [key for key in mine if any(other.get(key) != mine[key] for other in all_of_them)]
+    return "".join(f", {key.replace('_', ' ')} {mine[key]}" for key in differ if not key.endswith("source"))
 
 
 def _levels(found: EnergyResult) -> tuple[float, ...]:
@@ -108,24 +119,24 @@ def energy_by_layer(found: EnergyResult, number: int) -> Bars:
 
 
 def _part(name: str) -> str:
-    """`stages.0.blocks.1.attn` of `stages.0.blocks.1.attn.qkv.experts.0`."""
+    """`stage 1 · block 2, attention` of `stages.0.blocks.1.attn.qkv.experts.0`."""
     pieces = name.split(" ")[0].split(".")
     for number, piece in enumerate(pieces):
         if piece in ("attn", "mlp"):
-            return ".".join(pieces[: number + 1])
+            return in_words(".".join(pieces[: number + 1]))
     numbers = [number for number, piece in enumerate(pieces) if piece.isdigit()]
-    return ".".join(pieces[: numbers[-1] + 1]) if numbers else pieces[0]
+    return f"{block_and_linear('.'.join(pieces[: numbers[-1] + 1]))[0]}, rest" if numbers else pieces[0]
 
 
 def share_charts(results: Results) -> tuple[Bars, ...]:
     """The share of tokens on a shift expert, mixture by mixture: from dispatch files, else from energies with measured routing."""
     charts = []
     for number, found in enumerate(results.dispatches):
-        rows = tuple((mixture.name, (1 - mixture.shift_share, mixture.shift_share)) for mixture in found.mixtures)
+        rows = tuple((in_words(mixture.name), (1 - mixture.shift_share, mixture.shift_share)) for mixture in found.mixtures)
         charts.append(_shares(f"shares-{number}", f"{found.title} · {found.images:,} images", rows))
     if not charts:
         for number, energy in enumerate(e for e in results.energies if e.shares):
-            rows = tuple((name, (1 - share, share)) for name, share in energy.shares)
+            rows = tuple((in_words(name), (1 - share, share)) for name, share in energy.shares)
             charts.append(_shares(f"shares-{number}", f"{energy.model.name}, {energy.recipe} · {energy.share_source}", rows))
     return tuple(charts)
 

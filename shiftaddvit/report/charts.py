@@ -30,6 +30,10 @@ class Series:
     """In the legend."""
     points: tuple[Point, ...]
     """In any order."""
+    joined: bool = True
+    """Whether those that no other beats are joined by a line; otherwise each stands for itself."""
+    labelled: bool = True
+    """Whether labels stand beside the marks, or are told when a mark is pointed at."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Scatter:
     x_label: str
     """With unit; less is better."""
     y_label: str
-    """With unit; more is better."""
+    """With unit; more is better, unless `less_is_better`."""
     sources: tuple[Literal["published", "measured", "modelled"], ...]
     """Whose numbers; published and measured never together."""
     series: tuple[Series, ...]
@@ -52,6 +56,8 @@ class Scatter:
     """Network and data, below the title."""
     log_x: bool = False
     """Whether the x axis is logarithmic."""
+    less_is_better: bool = False
+    """Whether the y axis too is something to have little of."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,34 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Square:
+    """One cell of a matrix."""
+
+    text: str
+    """In it."""
+    kind: Literal["mult", "shift", "moe"]
+    """Its colour: multiplication, shift, or both."""
+    detail: str
+    """When pointed at."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What each layer becomes under several recipes."""
+
+    id: str
+    """For files and links."""
+    title: str
+    """Above it."""
+    columns: tuple[str, ...]
+    """One a recipe."""
+    rows: tuple[tuple[str, tuple[Square, ...]], ...]
+    """(layer, one square a recipe)."""
+    about: str = ""
+    """Below the title."""
+
+
+@dataclass(frozen=True)
 class Lines:
     """Curves over a common axis."""
 
@@ -88,14 +122,15 @@ class Lines:
     """Points by x."""
 
 
-Chart = Scatter | Bars | Lines
+Chart = Scatter | Bars | Lines | Matrix
 
 
-def front(points: tuple[Point, ...]) -> tuple[Point, ...]:
-    """The points that no other has both less x and more y than, by x."""
+def front(points: tuple[Point, ...], less_is_better: bool = False) -> tuple[Point, ...]:
+    """The points that no other has both less x and more y (or less y too) than, by x."""
+    sign = -1 if less_is_better else 1
     found: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.x, -point.y)):
-        if not found or point.y > found[-1].y:
+    for point in sorted(points, key=lambda point: (point.x, -sign * point.y)):
+        if not found or sign * point.y > sign * found[-1].y:
             found.append(point)
     return tuple(found)
 

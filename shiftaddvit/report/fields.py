@@ -66,10 +66,10 @@ class Fields:
         """A list of numbers."""
         return tuple(self._number(value, f"{self._name(key)}[{number}]", low, high) for number, value in enumerate(self.list(key)))
 
-    def by_name(self, key: str, low: float = -math.inf) -> dict[str, float]:
+    def by_name(self, key: str, low: float = -math.inf, high: float = math.inf) -> dict[str, float]:
         """An object whose values are numbers."""
         inner = self.fields(key)
-        return {name: inner.number(name, low) for name in inner.values}
+        return {name: inner.number(name, low, high) for name in inner.values}
 
     def agree(self, what: str, stated: float, found: float, tolerance: float = 1e-6) -> None:
         """Two numbers that must be one."""

@@ -11,12 +11,13 @@ from typing import Any
 from shiftaddvit.intervals import wilson_interval
 
 from .fields import Fields, Unusable
-from .networks import image_size, model_ref, recipe_name
+from .networks import ModelRef, image_size, model_ref, recipe_name
 from .read_costs import read_energies, read_energy, read_engine, read_ops, read_sweep, read_train_bench
 from .read_dispatch import read_dispatch
+from .read_experts import read_expert_times
+from .read_search import read_search, read_search_latency
 from .results import (
     Accuracy,
-    ModelRef,
     Results,
     RunResult,
     SensitivityResult,
@@ -125,7 +126,7 @@ def read_sensitivity(values: Fields, source: Source, found: Results) -> None:
     """Every change at every place."""
     dense = accuracy(values.fields("dense"))
     model = values.values.get("model")
-    name = model if isinstance(model, str) else values.fields("model").text("name")
+    name = model if isinstance(model, str) else values.fields("model").text("name") if "model" in values else ""
     rows = []
     for row in values.each("rows"):
         low, high = _pair(row, "interval95")
@@ -196,12 +197,15 @@ READERS: Mapping[str, Callable[[Fields, Source, Results], None]] = {
     "energy-sweep": read_sweep,
     "engine-bench": read_engine,
     "evaluate": read_evaluate,
+    "expert-latency": read_expert_times,
     "finetune": read_finetune,
     "nvs-bench": read_view_times,
     "nvs-evaluate": read_view_scores,
     "nvs-train": read_view_training,
     "ops-bench": read_ops,
     "quickstart": read_quickstart,
+    "search": read_search,
+    "search-latency": read_search_latency,
     "sensitivity": read_sensitivity,
     "train-bench": read_train_bench,
 }

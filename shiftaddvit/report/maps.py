@@ -6,6 +6,7 @@ from .dispatched import DispatchResult, Mixture
 
 _WORDS = {
     "qkv": "q, k, v", "q": "q", "k": "k", "v": "v", "kv": "k, v", "proj": "projection", "fc1": "MLP in", "fc2": "MLP out", "mlp": "MLP",
+    "attn": "attention",
 }  # fmt: skip
 
 
@@ -81,6 +82,11 @@ def block_and_linear(name: str) -> tuple[str, str]:
         )
     rest = [piece for piece in pieces[end:] if piece not in ("attn", "mlp")] or pieces[end:]
     return " · ".join(block) or name, " ".join(_WORDS.get(piece, piece) for piece in rest) or "all"
+
+
+def in_words(name: str) -> str:
+    """`stages.1.blocks.0.attn` is `stage 2 · block 1, attention`; a name without a number stays as it is."""
+    return ", ".join(block_and_linear(name)) if any(piece.isdigit() for piece in name.split(".")) else name
 
 
 def choice_table(found: DispatchResult) -> ChoiceTable:

@@ -2,12 +2,31 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .fields import Fields
-from .results import ModelRef
 
 _NOT_THE_NETWORK = ("num_classes", "drop_path_rate", "drop_rate", "img_size")
 """Arguments that leave the network what it is for a comparison."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which network on what: results are compared only where this is the same."""
+
+    name: str
+    """In timm's registry."""
+    args: str = ""
+    """Arguments it was built with, less the number of classes: canonical JSON, or a word where they are not recorded."""
+    size: tuple[int, int] | None = None
+    """Height and width of its images, where that is known."""
+
+    @property
+    def title(self) -> str:
+        """For people: the name, and what makes it another network than that of this name."""
+        if not self.args:
+            return self.name
+        return f"{self.name} (with its own {', '.join(json.loads(self.args))})" if self.args.startswith("{") else f"{self.name} ({self.args})"
 
 
 def model_ref(values: Fields, size: tuple[int, int] | None) -> ModelRef:

@@ -3,21 +3,19 @@
 import hashlib
 import json
 from base64 import b64encode
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
 from shiftaddvit import __version__
 from shiftaddvit.errors import UserError
-from shiftaddvit.published import classification
 
-from . import charted, maps, tables, tabulated
-from .ablation import DESIGN, Comparison, comparisons
-from .ablation import table as ablation_table
-from .charts import Bars, Chart, Lines, Scatter
+from . import charted, maps, tables
+from .ablation import DESIGN
+from .charts import Bars, Chart, Lines, Matrix, Scatter
+from .contents import Content, tiles
 from .dispatched import DispatchResult
-from .results import Results
+from .sections import SECTIONS, stops
 from .svg import draw
 from .tables import Cell, Table
 
@@ -31,102 +29,20 @@ MARK_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Content:
-    """Everything that the page and the files for papers are made of."""
-
-    results: Results
-    """As read."""
-    comparisons: tuple[Comparison, ...]
-    """Measured networks first."""
-    ablations: tuple[Table, ...]
-    """One for each comparison."""
-    tradeoffs: tuple[Scatter, ...]
-    """Measured, then published."""
-    energy_totals: tuple[Bars, ...]
-    """By recipe and level."""
-    energy_layers: tuple[Bars, ...]
-    """By part of the network and level."""
-    shares: tuple[Bars, ...]
-    """Tokens on shift, by mixture."""
-    curves: tuple[Lines, ...]
-    """Of training."""
-    tables: tuple[Table, ...]
-    """Sensitivity, view synthesis, speed: those that there are."""
-    layer_tables: tuple[Table, ...] = field(default=())
-    """Every operation's energy: for files alone."""
-
-    @property
-    def charts(self) -> tuple[Chart, ...]:
-        """All."""
-        return (*self.tradeoffs, *self.energy_totals, *self.energy_layers, *self.shares, *self.curves)
-
-
-def content(results: Results) -> Content:
-    """Arrange what was read."""
-    found = comparisons(results)
-    measured = tuple(chart for number, one in enumerate(found) for chart in charted.measured_tradeoffs(one, number))
-    energies = [energy for energy in results.energies if energy.layers]
-    others = (tabulated.sensitivity_table(results), tabulated.view_table(results.views), tabulated.speed_table(results), tabulated.op_table(results))
-    return Content(
-        results, found, tuple(ablation_table(one, number) for number, one in enumerate(found)), measured + charted.published_tradeoffs(),
-        charted.energy_totals(energies), tuple(charted.energy_by_layer(energy, number) for number, energy in enumerate(energies)),
-        charted.share_charts(results), charted.curve_charts(results.curves), tuple(table for table in others if table is not None),
-        tuple(tabulated.energy_table(energy, number) for number, energy in enumerate(energies)),
-    )  # fmt: skip
-
-
 def render(found: Content, title: str) -> str:
     """The page."""
     environment = _environment()
     style, script = (_template(name) for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(
         title=title, c=found, tiles=tiles(found), style=style, script=script, policy=_policy(style, script), data=_data(found.results.dispatches),
-        version=__version__, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), marks=tables.MARKS, mark_words=MARK_WORDS, stops=_stops(found),
-        chart_table=chart_table,
+        version=__version__, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), marks=tables.MARKS, mark_words=MARK_WORDS, stops=stops(found),
+        chart_table=chart_table, series_of=series_of, sections=SECTIONS,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One number that stands for much."""
-
-    number: str
-    """Large."""
-    text: str
-    """What it is."""
-    kind: str
-    """Which of the four words it goes by."""
-
-
-def tiles(found: Content) -> tuple[Tile, ...]:
-    """At most four, from the first network that has a dense control and converted rows."""
-    for one in found.comparisons:
-        converted = [line for line in one.lines if line.runs and line.recipe != "dense"]
-        if one.control is None or not converted:
-            continue
-        adding = {row.recipe for row in classification() if row.add}
-        best = max([line for line in converted if line.recipe in adding] or converted, key=lambda line: line.top1)
-        made = [
-            Tile(f"{one.control.top1:.1f} %", f"of test images right with the dense model, on {one.subject.data}", "measured"),
-            Tile(f"{best.top1:.1f} %", f"with the best row that adds instead of multiplying, {best.label}", "measured"),
-        ]
-        removed = [(run.removed, line.label) for line in converted for run in line.runs if run.removed is not None]
-        if removed:
-            made.append(Tile(f"{100 * max(removed)[0]:.0f} %", f"of the multiplications are gone in the row {max(removed)[1]}", "measured"))
-        saved = [
-            (1 - line.energy.mj_per_image / one.control.energy.mj_per_image, line.label) for line in converted if line.energy and one.control.energy
-        ]
-        if saved and max(saved)[0] > 0:
-            made.append(
-                Tile(
-                    f"{100 * max(saved)[0]:.0f} %",
-                    f"less energy than the dense model in the row {max(saved)[1]}, by the analytical model",
-                    "modelled",
-                )
-            )
-        return tuple(made)
-    return ()
+def series_of(chart: Scatter | Lines) -> list[tuple[str, str]]:
+    """(class, name) of each series, for the legend."""
+    return [(f"s{index % 8}", series.name) for index, series in enumerate(chart.series)]
 
 
 def chart_table(chart: Chart) -> Table:
@@ -134,6 +50,9 @@ def chart_table(chart: Chart) -> Table:
     if isinstance(chart, Bars):
         columns = (tables.Column("", "", False), *(tables.Column(f"{part}, {chart.unit}") for part in chart.parts))
         rows = tuple((tables.words(label), *(Cell("text", f"{value:.4g}", value) for value in values)) for label, values in chart.rows)
+    elif isinstance(chart, Matrix):
+        columns = (tables.Column("layer", "", False), *(tables.Column(name, "", False) for name in chart.columns))
+        rows = tuple((tables.words(label), *(tables.words(square.text, square.detail) for square in squares)) for label, squares in chart.rows)
     else:
         columns = (tables.Column("", "", False), tables.Column(chart.x_label), tables.Column(chart.y_label))
         rows = tuple(
@@ -146,19 +65,6 @@ def chart_table(chart: Chart) -> Table:
             for point in series.points
         )
     return Table(f"{chart.id}-values", chart.title, columns, rows)
-
-
-def _stops(found: Content) -> list[tuple[str, str]]:
-    """(anchor, words) of the sections that there are."""
-    there = {
-        "regions": bool(found.results.dispatches), "ablation": True, "tradeoffs": bool(found.tradeoffs), "energy": bool(found.energy_totals),
-        "shares": bool(found.shares), "training": bool(found.curves), **{table.id: True for table in found.tables}, "files": True,
-    }  # fmt: skip
-    names = {
-        "regions": "Image regions", "ablation": "Comparison", "tradeoffs": "Trade-offs", "energy": "Energy", "shares": "Shift share", "training": "Training",
-        "sensitivity": "Sensitivity", "view-synthesis": "3D", "speed": "Speed", "ops": "Operations", "files": "Files",
-    }  # fmt: skip
-    return [(anchor, names[anchor]) for anchor, shown in there.items() if shown]
 
 
 def _data(dispatches: list[DispatchResult]) -> str:
@@ -202,7 +108,10 @@ def _environment() -> Any:
         from markupsafe import Markup
     except ImportError:
         raise UserError("the report needs jinja2: install shiftaddvit[report]") from None
-    environment = Environment(loader=FunctionLoader(_template), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(_template), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+    )  # fmt: skip
     environment.filters |= {
         "svg": lambda chart: Markup(draw(chart)), "markdown": tables.as_markdown, "latex": tables.as_latex, "csv": tables.as_csv, "raw": Markup,
     }  # fmt: skip

@@ -1,11 +1,12 @@
 """Readers of energies and of times."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from .fields import Fields
-from .networks import image_size, model_ref
-from .results import EnergyResult, LayerEnergy, ModelRef, OpResult, Results, SpeedResult
+from .networks import ModelRef, image_size, model_ref
+from .results import EnergyResult, LayerEnergy, OpResult, Results, SpeedResult
 from .sources import Source
 
 LEVELS = ("dram", "buffer", "noc", "rf", "compute")
@@ -46,7 +47,10 @@ def _energy(values: Fields, whole: Fields, source: Source, recipe: str | None) -
     model, name = _subject(values, whole, image_size(settings.values.get("image_size")), recipe)
     shares = tuple((entry.text("mixture"), _shift_share(entry)) for entry in values.each("tokens")) if "tokens" in values else ()
     described = settings.word("shift_share_source")
-    kept = {key: value for key, value in settings.values.items() if key not in ("shift_share", "shift_share_source", "bits")}
+    kept = {key: value for key, value in settings.values.items() if key not in ("shift_share", "shift_share_source")}
+    if isinstance(kept.get("bits"), Mapping):
+        # A network without shifts has no word for their bits.
+        kept["bits"] = {key: value for key, value in kept["bits"].items() if key != "shift_weight"}
     return EnergyResult(
         model, name, settings.text("mode"), json.dumps(kept, sort_keys=True), stated, settings.count("batch", 1) if "batch" in settings else 1,
         tuple(layers), shares if described.startswith("measured") else (), settings.maybe("shift_share", 0, 1), described, source,
@@ -70,12 +74,13 @@ def _shift_share(entry: Fields) -> float:
 
 
 def read_engine(values: Fields, source: Source, found: Results) -> None:
-    """Whole models."""
-    rows = []
-    for row in values.each("rows"):
+    """Whole models. A recipe's latency is its engine's in half precision, in float32 where the file has no other."""
+    rows, listed = [], list(values.each("rows"))
+    halves = {tuple(words[:2]) for row in listed if len(words := row.text("contender").split()) == 3}
+    for row in listed:
         contender = row.text("contender")
         words = contender.split()
-        recipe = words[1] if len(words) == 3 and words[0] == "engine" else None
+        recipe = words[1] if words[0] == "engine" and (len(words) == 3 or tuple(words) not in halves) else None
         rows.append(_speed(row, contender, recipe, image_size(row.values.get("image_size")) or (224, 224), source))
     found.speeds += rows
 

@@ -12,6 +12,7 @@ from shiftaddvit.schema import ANNOTATIONS, STAMP, VERSIONS, digest
 from .fields import Fields, Unusable
 from .kinds import READERS
 from .logs import read_curve
+from .read_experts import is_old_profile
 from .results import Results, Skipped
 from .sources import Source
 
@@ -34,6 +35,8 @@ FORMS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("nvs-evaluate", "scene psnr ssim views"),
         ("nvs-bench", "scene width height rows"),
         ("nvs-train", "steps train_psnr held_out_psnr"),
+        ("search", "identity budgets met minimised damage cost units found front rows recipe tables"),
+        ("search-latency", "quantity unit identity settings conditions rest costs"),
     )
 )
 """How files from before there were stamps are known: fields that they all have."""
@@ -119,13 +122,16 @@ def _kind(values: Mapping[str, Any], named: bool) -> str | None:
         if stamp.get("digest") != digest(values):
             raise Unusable("was changed after it was written: its digest no longer fits")
         return kind
-    kind = next((kind for kind, names in FORMS if names <= values.keys()), None) or _bench(values)
+    kind = next((kind for kind, names in FORMS if names <= values.keys()), None) or _form_of_keys(values)
     if kind is None and named:
         raise Unusable("is no result file of shiftaddvit")
     return kind
 
 
-def _bench(values: Mapping[str, Any]) -> str | None:
+def _form_of_keys(values: Mapping[str, Any]) -> str | None:
+    """What is known by the form of its rows or keys."""
+    if is_old_profile(values):
+        return "expert-latency"
     rows = values.get("rows")
     if isinstance(rows, list) and rows and all(isinstance(row, Mapping) and {"model", "batch", "contender", "status"} <= row.keys() for row in rows):
         return "engine-bench"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from .dispatched import DispatchResult
+from .networks import ModelRef
+from .searched import SearchLatency, SearchResult
 from .sources import Source
 
 
@@ -14,18 +16,6 @@ class Skipped:
     """As the reader found it."""
     reason: str
     """Why not."""
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """Which network on what: results are compared only where this is the same."""
-
-    name: str
-    """In timm's registry."""
-    args: str = ""
-    """Arguments it was built with, less the number of classes; canonical."""
-    size: tuple[int, int] | None = None
-    """Height and width of its images, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +218,43 @@ class ViewResult:
     """Where from."""
 
 
+@dataclass(frozen=True)
+class ExpertTimes:
+    """How long each expert of a mixture takes on all its tokens: what the balance loss weighs experts by."""
+
+    layer: str
+    """`linear` or `mlp`."""
+    shape: tuple[int, ...]
+    """Features in, (hidden,) out."""
+    experts: tuple[str, ...]
+    """`mult` or `shift`."""
+    tokens: int
+    """At once."""
+    dtype: str
+    """Of the tokens."""
+    seconds: tuple[float, ...]
+    """One an expert."""
+    device: str
+    """As it was measured on."""
+    mixtures: tuple[str, ...]
+    """Modules of this shape, where a run recorded them."""
+    time: str
+    """When, ISO 8601; empty where it does not say."""
+    timed: str
+    """How; empty where it does not say."""
+    source: Source
+    """Where from."""
+
+    @property
+    def same(self) -> tuple:
+        """What a measurement holds for."""
+        return self.layer, self.shape, self.experts, self.tokens, self.dtype, self.device
+
+    def microseconds(self, kind: str) -> tuple[float, ...]:
+        """Of the experts of a kind."""
+        return tuple(1e6 * seconds for seconds, expert in zip(self.seconds, self.experts, strict=True) if expert == kind)
+
+
 @dataclass
 class Results:
     """Everything that was read."""
@@ -242,3 +269,6 @@ class Results:
     sensitivities: list[SensitivityResult] = field(default_factory=list)
     views: list[ViewResult] = field(default_factory=list)
     dispatches: list[DispatchResult] = field(default_factory=list)
+    expert_times: list[ExpertTimes] = field(default_factory=list)
+    searches: list[SearchResult] = field(default_factory=list)
+    search_latencies: list[SearchLatency] = field(default_factory=list)

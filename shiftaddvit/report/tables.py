@@ -7,7 +7,7 @@ from typing import Literal
 
 CellKind = Literal["published", "measured", "modelled", "not run", "none", "text"]
 MARKS = {"published": "P", "measured": "M", "modelled": "E", "not run": "", "none": "", "text": ""}
-"""One letter each, so that no difference depends on colour: E for an energy model's estimate."""
+"""One letter each, so that no difference depends on colour: E for an estimate."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ def words(text: str, note: str = "") -> Cell:
     return Cell("text", text, None, note)
 
 
+def signed(value: float) -> str:
+    """A change, with two digits and its sign, none where there is no change."""
+    text = f"{value:+.2f}".replace("-", "−")
+    return text[1:] if float(f"{value:.2f}") == 0 else text
+
+
 @dataclass(frozen=True)
 class Column:
     """What a column holds."""
@@ -45,6 +51,8 @@ class Column:
     """Whether it is aligned and sorted as numbers."""
     better: Literal["higher", "lower", ""] = ""
     """Which end is good."""
+    note: str = ""
+    """What its numbers are, in a line, where the title does not say it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,19 @@ class Table:
         return [f"{column.title} ({column.group})" if column.group else column.title for column in self.columns]
 
 
-LEGEND = "(P) published, (M) measured, (E) modelled energy, never measured."
+@dataclass(frozen=True)
+class Tile:
+    """One number that stands for much."""
+
+    number: str
+    """Large."""
+    text: str
+    """What it is."""
+    kind: str
+    """Which of the four words it goes by."""
+
+
+LEGEND = "(P) published, (M) measured, (E) modelled: computed, never measured."
 
 
 def as_markdown(table: Table) -> str:
@@ -107,7 +127,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A booktabs table: published numbers in italics, modelled ones with a dagger."""
+    """A booktabs table: published numbers in italics, modelled ones with an E."""
     form = "".join("r" if column.numeric else "l" for column in table.columns)
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.title)}}}", rf"\begin{{tabular}}{{{form}}}", r"\toprule"]
     if any(group for group, _ in table.groups):
@@ -117,7 +137,7 @@ def as_latex(table: Table) -> str:
     lines += [
         r"\bottomrule",
         r"\end{tabular}",
-        r"\par\footnotesize\textit{Italics}: published; upright: measured; $^\dagger$: modelled energy, never measured.",
+        r"\par\footnotesize\textit{Italics}: published; upright: measured; $^\mathrm{E}$: modelled, that is computed, never measured.",
     ]
     return "\n".join([*lines, *(rf"\par {_latex(note)}" for note in table.notes), r"\end{table}"]) + "\n"
 
@@ -146,6 +166,7 @@ def _is_number(text: str) -> bool:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "–": "--", "−": "$-$", "×": r"$\times$", "±": r"$\pm$", "…": r"\ldots{}", "µ": r"$\mu$", "→": r"$\to$", "²": "$^2$",
+    "▸": r"$\triangleright$", "≤": r"$\le$", "·": r"$\cdot$", "“": "``", "”": "''", "’": "'", "†": r"$^\dagger$",
 }  # fmt: skip
 
 
@@ -155,4 +176,4 @@ def _latex(text: str) -> str:
 
 def _latex_cell(cell: Cell) -> str:
     text = _latex(cell.text)
-    return {"published": rf"\textit{{{text}}}", "modelled": rf"{text}$^\dagger$", "not run": r"\textcolor{gray}{not run}"}.get(cell.kind, text)
+    return {"published": rf"\textit{{{text}}}", "modelled": rf"{text}$^\mathrm{{E}}$", "not run": r"\textcolor{gray}{not run}"}.get(cell.kind, text)

@@ -2,10 +2,12 @@
 
 from shiftaddvit.published import PublishedView, view_synthesis
 
+from .ablation import TOP1
 from .charted import LEVEL_NAMES
+from .maps import in_words
 from .read_costs import LEVELS
-from .results import EnergyResult, Results, ViewResult
-from .tables import NONE, NOT_RUN, Cell, Column, Table, words
+from .results import EnergyResult, ExpertTimes, Results, ViewResult
+from .tables import NONE, NOT_RUN, Cell, Column, Table, signed, words
 
 
 def energy_table(found: EnergyResult, number: int) -> Table:
@@ -84,19 +86,25 @@ def sensitivity_table(results: Results) -> Table | None:
     """Changes at one place each, before any fine-tuning."""
     if not results.sensitivities:
         return None
+    models = list(dict.fromkeys(row.model for row in results.sensitivities))
     columns = (
-        Column("model", "", False),
+        *([Column("model", "", False)] if len(models) > 1 else []),
         Column("where", "", False),
-        Column("primitive", "", False),
-        Column("top-1 %", better="higher"),
-        Column("against dense, points", better="higher"),
+        Column("becomes", "", False, note="what this one attention or MLP is replaced by; everything else stays as it was"),
+        Column("top-1 %", better="higher", note=TOP1),
+        Column("against dense, points", better="higher", note="top-1 less that of the dense model, on the same images"),
+        Column("95 % interval", "", False, note="of the difference: where it holds zero, no difference has been shown"),
     )
     rows = []
     for row in sorted(results.sensitivities, key=lambda row: row.difference):
         low, high = row.interval95
-        change = Cell("measured", f"{row.difference:+.2f}".replace("-", "−"), row.difference, f"paired 95 % interval {low:+.2f} … {high:+.2f}")
-        rows.append((words(row.model), words(row.where), words(row.primitive), Cell("measured", f"{row.top1:.2f}", row.top1), change))
-    return Table("sensitivity", "One change at a time, without fine-tuning; the costliest first", columns, tuple(rows))
+        change = Cell("measured", signed(row.difference), row.difference)
+        where = words("all of them" if row.where == "all" else in_words(row.where), row.where)
+        interval = words(f"{signed(low)} … {signed(high)}")
+        cells = (where, words(row.primitive), Cell("measured", f"{row.top1:.2f}", row.top1), change, interval)
+        rows.append((words(row.model), *cells) if len(models) > 1 else cells)
+    of = f", {models[0]}" if len(models) == 1 and models[0] else ""
+    return Table("sensitivity", f"One change at a time, without fine-tuning; the costliest first{of}", columns, tuple(rows))
 
 
 def speed_table(results: Results) -> Table | None:
@@ -145,7 +153,8 @@ def op_table(results: Results) -> Table | None:
         Column("shape", "", False),
         Column("contender", "", False),
         Column("time, µs", better="lower"),
-        Column("of the hardware's floor, %", better="higher"),
+        Column("of the hardware's floor, %", better="higher", note="the least time that memory or arithmetic allow, over this time"),
+        Column("device", "", False),
     )
     rows = []
     for op in results.ops:
@@ -155,5 +164,52 @@ def op_table(results: Results) -> Table | None:
             else Cell("measured", f"{op.median_us:.2f}", op.median_us, str(op.source.conditions.get("device", "")))
         )
         share = NONE if op.share_of_floor is None else Cell("measured", f"{100 * op.share_of_floor:.0f}", 100 * op.share_of_floor)
-        rows.append((words(op.op), words(op.shape), words(op.contender), time, share))
+        rows.append((words(op.op), words(op.shape), words(op.contender), time, share, words(str(op.source.conditions.get("device", "?")))))
     return Table("ops", "Single operations", columns, tuple(rows))
+
+
+def expert_table(results: Results) -> Table | None:
+    """The measured time of every expert; where a layer was measured twice on a device the newest counts."""
+    if not results.expert_times:
+        return None
+    columns = (
+        Column("layer, features", "", False),
+        Column("tokens", note="at once: all tokens of a batch"),
+        Column("type", "", False),
+        Column("multiplication expert, µs", better="lower"),
+        Column("shift expert, µs", better="lower"),
+        Column("shift / multiplication", better="lower", note="above 1 the shift expert is the slower one on this device"),
+        Column("tokens that should shift, %", note="the share at which both experts take equally long"),
+        Column("device", "", False),
+    )
+    newest: dict[tuple, ExpertTimes] = {}
+    for one in sorted(results.expert_times, key=lambda one: one.time):
+        newest[one.same] = one
+    rows = [_expert_row(one) for one in sorted(newest.values(), key=lambda one: (one.device, one.layer, one.shape, one.tokens))]
+    notes = [
+        "Each expert alone on all tokens of the layer, in its form at inference. The balance loss asks for tokens in inverse proportion to these "
+        "times: “tokens that should shift” is the share at which both experts of a layer would take equally long.",
+    ]
+    if len(newest) < len(results.expert_times):
+        notes.append(f"{len(results.expert_times) - len(newest)} older or repeated measurements of the same layers on the same device are set aside.")
+    return Table("experts", "Time of each expert, by layer shape", columns, tuple(rows), tuple(notes))
+
+
+def _expert_row(found: ExpertTimes) -> tuple[Cell, ...]:
+    names = ", ".join(found.mixtures) or "modules not recorded"
+    layer = words(f"{'MLP' if found.layer == 'mlp' else found.layer} {' → '.join(map(str, found.shape))}", names)
+    mult, shift = found.microseconds("mult"), found.microseconds("shift")
+    how = f"{found.timed or 'median'}; {found.source.path}"
+    ratio = share = NONE
+    if mult and shift:
+        slower = _mean(shift) / _mean(mult)
+        ratio = Cell("measured", f"{slower:.2f}", slower, "above 1 the shift expert is the slower one on this device")
+        rates = [1 / time for time in (*mult, *shift)]
+        wanted = 100 * sum(rates[len(mult) :]) / sum(rates)
+        share = Cell("measured", f"{wanted:.0f}", wanted, "from the times of this row: in proportion to 1 / time")
+    times = [Cell("measured", " / ".join(f"{t:,.1f}" for t in times), _mean(times), how) if times else NONE for times in (mult, shift)]
+    return (layer, Cell("text", f"{found.tokens:,}", found.tokens), words(found.dtype), *times, ratio, share, words(found.device))
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values)

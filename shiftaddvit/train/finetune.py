@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from shiftaddvit.model_card import ModelFacts
 from shiftaddvit.processes import this_process
 from shiftaddvit.reparam.architecture import architecture_of
 from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
-from shiftaddvit.reparam.stages import attention_only, converts_attention, converts_linears, to_attention_stage, to_linear_stage
+from shiftaddvit.reparam.stages import attention_only, converts_linears, to_attention_stage, to_linear_stage
 from shiftaddvit.schema import stamped
 from shiftaddvit.serialization import check_savable, save
 
 from .config import FinetuneConfig, StageConfig
-from .latency import measure_expert_latency, set_expert_costs
+from .latency import profile_experts, profiles_to_json, set_expert_costs
+from .plan import plan_stages
 from .position import Position, step_seed
 from .run_folder import MODEL, RunFolder
 from .stage import StageRun, train_stage
@@ -114,31 +115,6 @@ def _open(folder: RunFolder, description: dict, resume: bool, overwrite: bool, a
     return found[0]
 
 
-def plan_stages(model: nn.Module, config: FinetuneConfig) -> tuple[StageConfig, ...]:
-    """The stages that change something for this model; a skipped stage's epochs go to the next one (or the one before)."""
-    if not hasattr(model, "shiftaddvit_recipe"):
-        return (_merged(config.stages, "dense"),)
-    useful = []
-    carried = 0
-    for stage in config.stages:
-        applies = {"attention": converts_attention(model), "all": converts_linears(model), "dense": True}[stage.primitives]
-        if applies:
-            useful.append(replace(stage, epochs=stage.epochs + carried))
-            carried = 0
-        else:
-            carried += stage.epochs
-    if not useful:
-        return (_merged(config.stages, "all"),)
-    if carried:
-        useful[-1] = replace(useful[-1], epochs=useful[-1].epochs + carried)
-    return tuple(useful)
-
-
-def _merged(stages: tuple[StageConfig, ...], primitives: str) -> StageConfig:
-    """One stage as long as all of them, so that a control gets the same training as a converted model."""
-    return replace(stages[0], primitives=primitives, epochs=sum(stage.epochs for stage in stages))
-
-
 class _Session:
     """One run over its stages."""
 
@@ -204,12 +180,21 @@ class _Session:
             trained = calibrate(self.model, images[:8], seed=self.config.seed)
             self._log({"event": "calibrate", "hash_functions": trained})
         if measure:
-            costs = _expert_costs(self.model, images, self.config.cost)
+            costs = self._expert_costs(images)
             set_expert_costs(self.model, costs)
             self._log({"event": "expert costs", "cost": self.config.cost, "of": costs})
         if self.accelerator.num_processes > 1:
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 torch.distributed.broadcast(tensor.data, src=0)
+
+    def _expert_costs(self, images: Tensor) -> dict[str, list[float]]:
+        """Seconds on this device, or modelled picojoules, of each expert of each mixture."""
+        if self.config.cost != "latency":
+            return expert_energies(self.model, tuple(images.shape))
+        profiles = profile_experts(self.model, images)
+        if self.folder is not None:
+            self.folder.write_latency(profiles_to_json(profiles))
+        return {name: profile["seconds"] for name, profile in profiles.items()}
 
     def _stage_run(self, number: int, train_loader: Any) -> StageRun:
         return StageRun(
@@ -282,13 +267,6 @@ class _Session:
             for key in ("loss", "top1", "lr", "images_per_second"):
                 if event.get(key) is not None:
                     self.board.add_scalar(f"{label}/{event['event']}/{key}", event[key], event["epoch"] * 100_000 + event.get("step", 0))
-
-
-def _expert_costs(model: nn.Module, images: Tensor, cost: str) -> dict[str, list[float]]:
-    """Seconds on this device, or modelled picojoules, of each expert of each mixture."""
-    if cost == "latency":
-        return measure_expert_latency(model, images)
-    return expert_energies(model, tuple(images.shape))
 
 
 def _first_images(loader: Any) -> Tensor:

@@ -5,33 +5,61 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shiftaddvit.conditions import conditions
 from shiftaddvit.files import write_json
 from shiftaddvit.layers.moe import MoELinear, MoEMlp
 from shiftaddvit.layers.packed import pack
+from shiftaddvit.schema import STAMP, VERSIONS, stamped, was_changed
+
+KIND = "expert-latency"
+"""Of the files that hold profiles."""
+SAME = ("device", "layer", "shape", "experts", "tokens", "dtype")
+"""Fields of a profile that a measurement holds for: where all are equal it is not measured again."""
+WARM_UP, REPEATS = 3, 20
+"""Calls of each expert that are not timed, and that are."""
+
+Profile = Mapping[str, Any]
+"""One mixture's shape with the seconds of its experts, as plain JSON values: the fields `SAME`, `seconds` (one an expert) and `conditions`."""
 
 
 def measure_expert_latency(model: nn.Module, images: Tensor, cache: Path | None = None) -> dict[str, list[float]]:
-    """Seconds that each expert of each mixture takes on all tokens of `images`, in the form it has at inference (packed shift layers).
-    Measured once a shape and device: the result is kept in `cache` (default: the user's cache folder)."""
+    """Seconds that each expert of each mixture takes, by module name; see `profile_experts`."""
+    return {name: list(profile["seconds"]) for name, profile in profile_experts(model, images, cache).items()}
+
+
+def profile_experts(model: nn.Module, images: Tensor, cache: Path | None = None) -> dict[str, Profile]:
+    """The profile of each mixture, by module name: the seconds that each expert takes on all tokens of `images`, in the form it has at
+    inference (packed shift layers). Measured once a shape and device: the result is kept in `cache` (default: the user's cache folder).
+    A cache that is damaged, or was changed by hand, is measured again."""
     cache = cache or default_cache()
-    known = _read(cache)
-    device = _device_name(images.device)
-    latencies = {}
+    known = {_key(profile): profile for profile in _read(cache)}
+    facts: dict[str, Any] | None = None
+    found = {}
     for name, (mixture, example) in _inputs_of_mixtures(model, images).items():
-        tokens = example.numel() // example.shape[-1]
-        key = f"{device} | {_shape(mixture)} | tokens {tokens} | {example.dtype}"
+        facts = facts or conditions(images.device, timed=f"median of {REPEATS} after {WARM_UP} calls, each expert alone on all tokens")
+        profile = _described(mixture, example, facts)
+        key = _key(profile)
         if key not in known:
-            known[key] = [_seconds(_inference_form(expert), example) for expert in mixture.experts]
-            _keep(cache, known)
-        latencies[name] = known[key]
-    return latencies
+            known[key] = profile | {"seconds": [_seconds(_inference_form(expert), example) for expert in mixture.experts], "conditions": facts}
+            _keep(cache, known.values())
+        found[name] = known[key]
+    return found
+
+
+def profiles_to_json(profiles: Mapping[str, Profile]) -> dict[str, Any]:
+    """One run's profiles, by module name, as a stamped result; mixtures of one shape share a row."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for name, profile in profiles.items():
+        rows.setdefault(_key(profile), {**profile, "mixtures": []})["mixtures"].append(name)
+    return stamped(KIND, {"rows": list(rows.values())})
 
 
 def set_expert_costs(model: nn.Module, costs: dict[str, list[float]]) -> None:
@@ -53,17 +81,20 @@ def default_cache() -> Path:
     return Path(root) / "shiftaddvit" / "latency.json"
 
 
-def _read(cache: Path) -> dict[str, list[float]]:
+def _read(cache: Path) -> list[Profile]:
     try:
         known = json.loads(cache.read_text())
     except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+        return []
+    stamp = known.get(STAMP) if isinstance(known, dict) else None
+    if not isinstance(stamp, dict) or (stamp.get("kind"), stamp.get("version")) != (KIND, VERSIONS[KIND]) or was_changed(known):
+        return []
+    return known["rows"]
 
 
-def _keep(cache: Path, known: dict[str, list[float]]) -> None:
+def _keep(cache: Path, profiles: Iterable[Profile]) -> None:
     try:
-        write_json(cache, known)
+        write_json(cache, stamped(KIND, {"rows": list(profiles)}))
     except OSError as error:
         warnings.warn(f"measured latencies are not kept: {cache}: {error}; XDG_CACHE_HOME chooses another folder", stacklevel=3)
 
@@ -99,19 +130,29 @@ def _inference_form(expert: nn.Module) -> nn.Module:
     return pack(holder)[0].eval()
 
 
-def _shape(mixture: nn.Module) -> str:
+def _described(mixture: nn.Module, example: Tensor, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a measurement holds for. On a CPU its name and the number of threads are the device: home folders are shared by machines."""
+    device = str(facts["device"]) if example.is_cuda else f"{facts['device']}, {facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
     if isinstance(mixture, MoELinear):
-        return f"linear {mixture.in_features}->{mixture.out_features} {'/'.join(mixture.config.experts)}"
-    mlp = mixture.experts[0]
-    return f"mlp {mlp.fc1.in_features}->{mlp.fc1.out_features}->{mlp.fc2.out_features} {'/'.join(mixture.config.experts)}"
+        layer, shape = "linear", [mixture.in_features, mixture.out_features]
+    else:
+        first, second = mixture.experts[0].fc1, mixture.experts[0].fc2
+        layer, shape = "mlp", [first.in_features, first.out_features, second.out_features]
+    dtype = str(example.dtype).removeprefix("torch.")
+    tokens = example.numel() // example.shape[-1]
+    return {"device": device, "layer": layer, "shape": shape, "experts": list(mixture.config.experts), "tokens": tokens, "dtype": dtype}
+
+
+def _key(profile: Profile) -> tuple[str, ...]:
+    return tuple(json.dumps(profile[name]) for name in SAME)
 
 
 @torch.no_grad()
-def _seconds(expert: nn.Module, example: Tensor, repeats: int = 20) -> float:
-    for _ in range(3):
+def _seconds(expert: nn.Module, example: Tensor) -> float:
+    for _ in range(WARM_UP):
         expert(example)
     timer = _cuda_timer if example.is_cuda else _cpu_timer
-    return statistics.median(timer(expert, example) for _ in range(repeats))
+    return statistics.median(timer(expert, example) for _ in range(REPEATS))
 
 
 def _cpu_timer(expert: Callable[[Tensor], Tensor], example: Tensor) -> float:
@@ -128,7 +169,3 @@ def _cuda_timer(expert: Callable[[Tensor], Tensor], example: Tensor) -> float:
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e4
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"

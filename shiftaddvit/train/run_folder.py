@@ -16,6 +16,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_write, write_json
 
 RUN, LOG, CHECKPOINT, RESULT, MODEL = "run.json", "log.jsonl", "checkpoint.pt", "result.json", "model.safetensors"
+LATENCY = "latency.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RunFolder:
                 raise UserError(f"{self.path} was started with another {', '.join(changed)}: resume with the same, or use --overwrite")
             return (self.path / CHECKPOINT).exists()
         if self.writes:
-            for name in (LOG, CHECKPOINT, RESULT, MODEL):
+            for name in (LOG, CHECKPOINT, RESULT, LATENCY, MODEL):
                 (self.path / name).unlink(missing_ok=True)
             with told_when_full(self.path):
                 write_json(known, {"description": _plain(description)})
@@ -50,7 +51,7 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Remove what a kill in the middle of writing left: temporary files, and half a line of the log."""
-        for name in (RUN, CHECKPOINT, RESULT, MODEL):
+        for name in (RUN, CHECKPOINT, RESULT, LATENCY, MODEL):
             for litter in self.path.glob(f".{name}.*.tmp"):
                 litter.unlink(missing_ok=True)
         log = self.path / LOG
@@ -78,10 +79,17 @@ class RunFolder:
             why = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"{path} is damaged ({why}): put back a whole copy, or start again with --overwrite") from None
 
+    def write_latency(self, profiles: dict[str, Any]) -> None:
+        """The measured times that this run's balance loss weighs experts by."""
+        self._write(LATENCY, profiles)
+
     def write_result(self, result: dict[str, Any]) -> None:
+        self._write(RESULT, result)
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
         if self.writes:
             with told_when_full(self.path):
-                write_json(self.path / RESULT, result)
+                write_json(self.path / name, values)
 
 
 def annotate_result(folder: str | os.PathLike, **texts: str) -> None:

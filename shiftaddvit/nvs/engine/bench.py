@@ -19,21 +19,20 @@ from torch import nn
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
 from shiftaddvit.files import write_json
-from shiftaddvit.ops.tiling import Tile, key, save_tuned, trial
 from shiftaddvit.ops.timing import ceilings, failure_noted
-from shiftaddvit.reparam import reparameterize
 
 from ..batch import TrainingScene, draw_batch
-from ..cameras import look_at
 from ..gnt import GNT, GNTConfig
 from ..render import Renderer, make_renderer
 from ..rows import ROWS
-from ..scene import Scene, every_eighth, normalise
-from ..sources import Rays, camera_rays, encode_bank, make_bank
+from ..scene import Scene
+from ..sources import Rays, camera_rays
 from ..step import add_gradients, precision_context
 from . import deploy_gnt
+from .bench_subjects import noise_scene, view_model
 from .engine import RAYS, RayEngine
-from .steps import Target
+from .timing import step_times, wait
+from .tune import tune_tiles
 
 DEVICE = "cuda"
 LEAST_TOLERANCE = 2e-2
@@ -72,12 +71,14 @@ def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Calla
         raise UserError("measuring the engine needs a CUDA device")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     end = time.monotonic() + 60 * plan.minutes
-    scene, rows = _scene(plan), []
+    scene, rows = noise_scene(plan.width, plan.height, plan.seed), []
     result: dict = {"conditions": conditions(DEVICE, **asdict(plan)), "ceilings": ceilings(torch.device(DEVICE)), "rows": rows}
     if plan.tune:
         result["tiles"] = {}
         for row in ("gnt", "gnt-add-shift", "gnt-add-shift-moe"):
-            result["tiles"] |= tune_tiles(_model(row, plan), scene, plan, show)
+            model = view_model(row, plan.samples, plan.seed).to(DEVICE)
+            deployed = deploy_gnt(model, torch.bfloat16 if plan.precision == "bf16" else torch.float16)
+            result["tiles"] |= tune_tiles(deployed, scene, RAYS, DEVICE, show)
         keep(result)
     for row, engine, precision, chunk in _contenders(plan):
         entry = {"row": row, "engine": engine, "precision": precision, "chunk": chunk}
@@ -86,7 +87,7 @@ def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Calla
         else:
             rows.append(entry)
             with failure_noted(entry):
-                entry |= _measure(_model(row, plan), scene, plan, engine, precision, chunk)
+                entry |= _measure(view_model(row, plan.samples, plan.seed), scene, plan, engine, precision, chunk)
             torch.cuda.empty_cache()
         show(" ".join(f"{name} {value}" for name, value in rows[-1].items() if name != "steps"))
         keep(result)
@@ -147,9 +148,9 @@ def _measure(model: nn.Module, scene: Scene, plan: Plan, engine: str, precision:
     for _ in range(2):
         renderer.render(camera)
     seconds = [renderer.render(camera).seconds for _ in range(plan.repeats)]
-    steps = step_times(renderer.model, scene) if isinstance(renderer.model, RayEngine) else None
+    steps = step_times(renderer.model, scene, RAYS, DEVICE) if isinstance(renderer.model, RayEngine) else None
     return found | {
-        "seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds), "rays_at_once": renderer.chunk.rays,
+        "status": "measured", "seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds), "rays_at_once": renderer.chunk.rays,
         "encode_seconds": renderer.encode_seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30, "steps": steps,
     }  # fmt: skip
 
@@ -173,25 +174,6 @@ def _error(renderer: Renderer, model: nn.Module, precision: str) -> tuple[float,
     return tuple(float((one - truth).norm() / truth.norm()) for one in (found, usual))
 
 
-@torch.no_grad()
-def step_times(engine: RayEngine, scene: Scene) -> dict[str, float]:
-    """Microseconds of every step on one chunk, each alone, in the order of the program."""
-    program, launch = engine.program, engine.launch
-    target = _target(engine, scene, RAYS)
-    found = {"look_up": _alone(lambda: program.look_up.run(target, launch))}
-    x, geometry, q = program.look_up.run(target, launch)
-    rows = q.view(RAYS, -1, q.shape[-1])
-    for number, block in enumerate(program.blocks[:1] + program.blocks[-1:]):
-        name = ("first", "last")[number]
-        found[f"{name}.views"] = _alone(lambda block=block: block.views.run(q, x, geometry, launch))
-        if block.query is not None:
-            found[f"{name}.query"] = _alone(lambda block=block: block.query.run(q, target, launch))
-        found[f"{name}.ray"] = _alone(lambda block=block: block.ray.run(rows, launch))
-    found["weights"] = _alone(lambda: program.weights.run(rows, launch))
-    found["color"] = _alone(lambda: program.color.run(rows, launch))
-    return found
-
-
 def training_step(scene: Scene, plan: Plan, compile: bool, rays: int = 2048, samples: int = 64, steps: int = 20) -> float:
     """Milliseconds of a step of GNT as it is trained: 2048 rays, 64 points, the feature net on every source, Adam. Median."""
     torch.manual_seed(plan.seed)
@@ -206,101 +188,9 @@ def training_step(scene: Scene, plan: Plan, compile: bool, rays: int = 2048, sam
         optimizer.zero_grad(set_to_none=True)
         add_gradients(model, draw_batch(scenes, step, plan.seed, rays, model.sources, 0), step, plan.precision, None, rays)
         optimizer.step()
-        _wait()
+        wait()
         taken.append(time.perf_counter() - begin)
     return median(taken[5:]) * 1e3
-
-
-def tune_tiles(model: nn.Module, scene: Scene, plan: Plan, show: Callable[[str], None]) -> dict[str, dict]:
-    """Try the tiles of the three widest kernels on one chunk and keep the fastest of each in the user's cache."""
-    engine = deploy_gnt(model.to(DEVICE), torch.bfloat16 if plan.precision == "bf16" else torch.float16)
-    target, device = _target(engine, scene, RAYS), torch.device(DEVICE)
-    program, launch = engine.program, engine.launch
-    x, geometry, q = program.look_up.run(target, launch)
-    block, c, rows = program.blocks[0], q.shape[-1], q.view(RAYS, -1, q.shape[-1])
-    feed = block.ray.feed.feed
-    experts = f"{feed.weight1.shape[0]}{feed.weight2.shape[0]}"
-    # Few, because every one is compiled first, in seconds that are lent.
-    trials = {
-        key(f"view_attention{experts}", len(x), c): (
-            lambda: block.views.run(q, x, geometry, launch),
-            [Tile(m, c, 64, warps, stages) for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2)],
-        ),
-        key(f"ray_transformer{experts}", block.ray.form, c): (
-            lambda: block.ray.run(rows, launch),
-            [Tile(m, n, 64, warps, 1) for m, warps in ((32, 4), (64, 4), (64, 8)) for n in (2, 4)],
-        ),
-        key("view_lookup", c, program.feature_channels): (
-            lambda: program.look_up.run(target, launch),
-            [Tile(m, c, program.feature_channels, warps) for m, warps in ((32, 4), (64, 4), (128, 8))],
-        ),
-    }
-    best: dict[str, tuple[Tile, float]] = {}
-    for problem, (call, tiles) in trials.items():
-        for tile in tiles:
-            tried: dict = {}
-            with trial(device, problem, tile), failure_noted(tried):
-                tried["us"] = _alone(call)
-            if "us" not in tried:
-                show(f"{problem} {tile}: {tried['status']}")
-            elif problem not in best or tried["us"] < best[problem][1]:
-                best[problem] = (tile, tried["us"])
-        if problem in best:
-            show(f"{problem}: {best[problem][0]} {best[problem][1]:.0f} µs")
-    save_tuned(device, {problem: tile for problem, (tile, _) in best.items()})
-    return {problem: asdict(tile) | {"us": taken} for problem, (tile, taken) in best.items()}
-
-
-def _wait() -> None:
-    torch.cuda.synchronize()
-
-
-def _alone(call: Callable[[], object], repeats: int = 10) -> float:
-    """Median microseconds of a call that fills the device."""
-    for _ in range(3):
-        call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    _wait()
-    return median(before.elapsed_time(after) * 1e3 for before, after in zip(marks, marks[1:], strict=False))
-
-
-def _target(engine: RayEngine, scene: Scene, rays: int) -> Target:
-    engine.to(DEVICE)
-    bank = encode_bank(make_bank(scene, scene.train, DEVICE), engine)
-    every = camera_rays(scene.camera(0), *scene.depth_range, DEVICE)
-    near, far = scene.depth_range
-    depths = 1 / torch.linspace(1 / near, 1 / far, engine.samples, device=DEVICE)
-    views = engine.prepare(bank.select(bank.order(scene.camera(0).pose)[: engine.sources]))
-    return Target(every.origin[:rays].contiguous(), every.direction[:rays].contiguous(), depths, *views)
-
-
-def _model(row: str, plan: Plan) -> nn.Module:
-    torch.manual_seed(plan.seed)
-    model = GNT(GNTConfig(samples=plan.samples))
-    return (model if row == "gnt" else reparameterize(model, row)).eval()
-
-
-def _scene(plan: Plan) -> Scene:
-    """Noise seen by cameras on a small circle: what a forward-facing capture looks like to the kernels."""
-    generator = torch.Generator().manual_seed(plan.seed)
-    count = 16
-    images = torch.randint(0, 256, (count, plan.height, plan.width, 3), dtype=torch.uint8, generator=generator)
-    angles = torch.arange(count, dtype=torch.float64) * (2 * torch.pi / count)
-    places = torch.stack([angles.cos(), 0.6 * angles.sin(), torch.zeros_like(angles)], dim=-1) * 0.3
-    target = torch.tensor([0.0, 0.0, -4.0], dtype=torch.float64).numpy()
-    up = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).numpy()
-    poses = torch.stack([look_at(place.numpy(), target, up) for place in places])
-    focal = 0.8 * plan.width
-    intrinsics = torch.tensor([[focal, 0, (plan.width - 1) / 2], [0, focal, (plan.height - 1) / 2], [0, 0, 1]], dtype=torch.float64)
-    scene = Scene(
-        "noise", tuple(f"{number:02d}" for number in range(count)), images, intrinsics.repeat(count, 1, 1), poses,
-        torch.tensor([[1.5, 12.0]], dtype=torch.float64).repeat(count, 1), every_eighth(count), torch.eye(4, dtype=torch.float64),
-    )  # fmt: skip
-    return normalise(scene)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from ..projector import sample_depths
 from ..sources import RayColors, Rays, Sources
 from .fold import padded
 from .lower import lower_gnt
-from .steps import RayProgram, Target
+from .program import RayProgram
+from .steps import Target
 
 RAYS = 2048
 """Rays of a chunk: enough to fill a large GPU many times over, small enough that the picture's last chunk wastes little."""

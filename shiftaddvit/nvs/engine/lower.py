@@ -22,22 +22,9 @@ from ..gnt import GNT
 from ..gnt.ray_linear import RayAngularAttention
 from ..gnt.transformer import LINEARS, GNTTransformer, RayAttention, RayBlock, ViewBlock
 from .fold import fold, padded, single
-from .steps import (
-    Block,
-    Color,
-    FoldedViews,
-    FusedFeedForward,
-    FusedRay,
-    FusedWeights,
-    LookUp,
-    ModuleFeedForward,
-    ModuleViews,
-    ModuleWeights,
-    Query,
-    RayProgram,
-    SteppedRay,
-    Views,
-)
+from .program import Block, RayProgram
+from .ray_steps import Color, FusedRay, FusedWeights, ModuleWeights, SteppedRay
+from .steps import FoldedViews, FusedFeedForward, LookUp, ModuleFeedForward, ModuleViews, Query, Views
 
 WIDTHS = (16, 32, 64, 128)
 HEAD_WIDTHS = (16, 32, 64)

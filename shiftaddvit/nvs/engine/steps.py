@@ -1,9 +1,9 @@
-"""The steps of a rendered chunk: each a frozen set of weights and a pure function. `x` is what views see (V, RS, C), `q` the rays' tokens."""
+"""The steps over points and what views see of them: each a frozen set of weights and a pure function. `x` is what views see (V, RS, C),
+`q` the rays' tokens."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from shiftaddvit.engine.program import Launch
 from shiftaddvit.engine.weights import Norm, Projection
 from shiftaddvit.ops.feed_forward import Feed, feed_forward
-from shiftaddvit.ops.ray_output import ray_color, ray_weights
 from shiftaddvit.ops.ray_query import ray_query
-from shiftaddvit.ops.ray_transformer import ray_transformer
 from shiftaddvit.ops.view_attention import view_attention
 from shiftaddvit.ops.view_lookup import view_lookup
 
@@ -127,6 +125,25 @@ class ModuleViews:
 
 
 @dataclass(frozen=True)
+class Views:
+    """A view transformer: in one kernel where both parts have one."""
+
+    attention: FoldedViews | ModuleViews
+    """Subtraction attention."""
+    feed: FusedFeedForward | ModuleFeedForward
+    """After it."""
+
+    @property
+    def unfused(self) -> tuple[str, ...]:
+        return tuple(part.name for part in (self.attention, self.feed) if not part.fused)
+
+    def run(self, q: Float[Tensor, "RS C"], x: Tensor, geometry: Tensor, launch: Launch) -> Float[Tensor, "RS C"]:
+        if not self.unfused:
+            return self.attention.run(q, x, geometry, launch, self.feed)
+        return self.feed.run(self.attention.run(q, x, geometry, launch), launch)
+
+
+@dataclass(frozen=True)
 class Query:
     """`q_fcs` of an even block."""
 
@@ -153,184 +170,3 @@ class Query:
             q, target.origin, target.direction, target.depths, self.query_weight, self.place_weight, heading, self.out_weight, self.out_bias,
             launch.backend,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FusedWeights:
-    """The first point's attention along the ray, from the queries and keys of the last block."""
-
-    norm: Norm
-    """Before the attention."""
-    query: Tensor
-    """(C, C)"""
-    key: Tensor
-    """(C, C)"""
-    heads: int
-    """Of the ray transformer."""
-    codes: str
-    """`softmax`, or how codes are made: `token`, `zero`, `float`."""
-    low: float
-    """What a code has where it is not 1."""
-
-    fused = True
-
-    def run(self, x: Float[Tensor, "R S C"], launch: Launch) -> Float[Tensor, "R S"]:
-        return ray_weights(x, self.norm.pair, self.norm.eps, self.query, self.key, self.heads, self.codes, self.low, launch.backend)
-
-
-@dataclass(frozen=True)
-class ModuleWeights:
-    """The same by its own layer in float32."""
-
-    norm: Norm
-    """Before the attention."""
-    module: nn.Module
-    """A copy."""
-
-    fused = False
-
-    def run(self, x: Float[Tensor, "R S C"], launch: Launch) -> Float[Tensor, "R S"]:
-        return self.module(self.norm.run(x.float()), want_weights=True)[1].float()
-
-
-@dataclass(frozen=True)
-class Color:
-    """The last norm, the mean over the ray, `rgb_fc`."""
-
-    norm: Norm
-    """Of the tokens."""
-    weight: Tensor
-    """(3, C), float32."""
-    bias: Tensor
-    """(3,), float32."""
-
-    def run(self, x: Float[Tensor, "R S C"], launch: Launch) -> Float[Tensor, "R 3"]:
-        return ray_color(x, self.norm.pair, self.norm.eps, self.weight, self.bias, launch.backend)
-
-
-@dataclass(frozen=True)
-class FusedRay:
-    """Attention along the ray and its feed-forward in one kernel."""
-
-    name: str
-    """Module name of the attention in the model."""
-    heads: int
-    """Of queries, keys and values."""
-    norm: Norm
-    """Before the attention."""
-    qkv: Tensor
-    """(3C, C)"""
-    proj: Tensor
-    """(C, C)"""
-    proj_bias: Tensor | None
-    """(C,), float32."""
-    feed: FusedFeedForward
-    """After it."""
-    form: str
-    """Of `ray_transformer`."""
-    low: float = 0.0
-    """What a code has where it is not 1."""
-    own: bool = True
-    """Linear attention: ½ v."""
-    context_mean: bool = True
-    """Linear attention: divided by the number of points."""
-    unit: bool = True
-    """Linear attention: each head scaled to length one."""
-    conv: Tensor | None = None
-    """Linear attention: (heads, window), float32."""
-
-    unfused = ()
-
-    def run(self, x: Float[Tensor, "R S C"], launch: Launch) -> Float[Tensor, "R S C"]:
-        return ray_transformer(
-            x, self.heads, self.norm.pair, self.norm.eps, self.qkv, self.proj, self.proj_bias, self.feed.feed, self.feed.norm.eps, self.form,
-            self.low, self.own, self.context_mean, self.unit, self.conv, launch.backend,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SteppedRay:
-    """Attention along the ray by the deployed engine's steps, rays as its batch, then the feed-forward."""
-
-    attention: object
-    """A step of `shiftaddvit.engine`."""
-    feed: FusedFeedForward | ModuleFeedForward
-    """After it."""
-
-    @property
-    def unfused(self) -> tuple[str, ...]:
-        found = () if self.attention.about().fused else (self.attention.name,)
-        return found if self.feed.fused else (*found, self.feed.name)
-
-    def run(self, x: Float[Tensor, "R S C"], launch: Launch) -> Float[Tensor, "R S C"]:
-        return self.feed.run(self.attention.run(x, launch), launch)
-
-
-@dataclass(frozen=True)
-class Views:
-    """A view transformer: in one kernel where both parts have one."""
-
-    attention: FoldedViews | ModuleViews
-    """Subtraction attention."""
-    feed: FusedFeedForward | ModuleFeedForward
-    """After it."""
-
-    @property
-    def unfused(self) -> tuple[str, ...]:
-        return tuple(part.name for part in (self.attention, self.feed) if not part.fused)
-
-    def run(self, q: Float[Tensor, "RS C"], x: Tensor, geometry: Tensor, launch: Launch) -> Float[Tensor, "RS C"]:
-        if not self.unfused:
-            return self.attention.run(q, x, geometry, launch, self.feed)
-        return self.feed.run(self.attention.run(q, x, geometry, launch), launch)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A view transformer and a ray transformer."""
-
-    views: Views
-    """What the views say about each point."""
-    query: Query | None
-    """On even blocks."""
-    ray: FusedRay | SteppedRay
-    """What the points say to each other."""
-
-
-@dataclass(frozen=True)
-class RayProgram:
-    """A lowered GNT."""
-
-    look_up: LookUp
-    """From points to what views see."""
-    blocks: tuple[Block, ...]
-    """In order."""
-    weights: FusedWeights | ModuleWeights
-    """Depth."""
-    color: Color
-    """RGB."""
-    dtype: torch.dtype
-    """Of activations and matrices."""
-    feature_channels: int
-    """Of the features it reads, padded."""
-    notes: tuple[str, ...] = ()
-    """What preparing the weights had to give up."""
-
-    @torch.no_grad()
-    def run(self, target: Target, launch: Launch = Launch()) -> tuple[Float[Tensor, "R 3"], Float[Tensor, "R"]]:
-        """Colours and depths of the rays, float32."""
-        x, geometry, q = self.look_up.run(target, launch)
-        rays, samples = len(target.origin), len(target.depths)
-        for block in self.blocks:
-            q = block.views.run(q, x, geometry, launch)
-            if block.query is not None:
-                q = block.query.run(q, target, launch)
-            before = q.view(rays, samples, -1)
-            q = block.ray.run(before, launch).flatten(0, 1)
-        weights = self.weights.run(before, launch)
-        return self.color.run(q.view(rays, samples, -1), launch), weights @ target.depths
-
-    @property
-    def unfused(self) -> tuple[str, ...]:
-        """Names of what runs as ordinary torch operations."""
-        return tuple(name for block in self.blocks for part in (block.views, block.ray) for name in part.unfused)

@@ -16,7 +16,9 @@ def encode_tile(batch: int, tokens: int, width: int, d: int, experts: int, dtype
     """Tokens of a tile and channels of a step; `n` is not used."""
     rows = 64 if tokens > 32 else next_power(tokens)
     if width <= 64 and (d <= 32 or experts == 1):
-        usual = Tile(rows, 16, next_power(width), 4 if d <= 32 else 8, 2)
+        # Weights stay in registers over the tiles. Those of two experts of 64 channels leave too few to four warps; eight in one program
+        # are as many on a multiprocessor as four in each of two.
+        usual = Tile(rows, 16, next_power(width), 4 if d <= 32 and experts * width <= 64 else 8, 2)
     else:
         usual = Tile(rows, 16, 64 if d <= 32 and experts == 1 else 32, 8)
     bounds = {"m": (16, 128), "k": (32, min(128, next_power(width))), "warps": (4, 8), "stages": (1, 4)}
@@ -30,7 +32,9 @@ def mix_tile(batch: int, tokens: int, width: int, d: int, experts: int, dtype: t
     start = Tile(min(rows, next_power(tokens)), min(128, next_power(width)), 1)
     tile = fill(start, batch * tokens, width, device)
     warps = 4 if tile.n == 32 and tile.m > 16 and d <= 32 else 8
-    usual = Tile(tile.m, tile.n, max(1, min(16, 4096 // (d * d))), warps)
+    # On the lowest tile the compiler aims at several programs a multiprocessor, and with other numbers spills a few registers for it.
+    together = 128 // (d * experts) if tile.m <= 16 and d >= 32 else 4096 // (d * d)
+    usual = Tile(tile.m, tile.n, max(1, min(16, together)), warps)
     bounds = {"m": (16, 128), "n": (32, min(256, next_power(width))), "k": (1, 16), "warps": (4, 8)}
     return pick(device, key(f"mix{experts}{precision(dtype)}", batch, tokens, width, d), usual, **bounds)
 

@@ -123,7 +123,7 @@ def query_context(words: Tensor, context: Tensor, low: float, high: float) -> Te
         block = 128 if n > 64 and not wide else 64
         query_context_kernel[(batch * heads * triton.cdiv(n, block),)](
             words, context, out, n, d, R=r, RP=next_power(r), WORDS=count, LOW=low, HIGH=high, PRECISION=_precision(context),
-            DP=next_power(d), BT=block,
+            DP=next_power(d), BT=block, num_warps=8 if wide else 4,
         )  # fmt: skip
     return out
 

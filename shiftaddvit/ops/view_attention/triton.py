@@ -66,6 +66,16 @@ def view_attention_kernel(
     tl.store(out + rows, y.to(T), mask=inside)
 
 
+def view_tile(views: int, c: int, experts: str, half: bool, device: torch.device) -> Tile:
+    """Points of a tile (m) and hidden channels of the feed-forward at a time (k); `n` is not used. `experts` are those of its two linears:
+    `00` without one."""
+    # Mixtures hold two accumulators: half of the hidden channels at a time, or compilers before Triton 3.9 spill.
+    usual = Tile(64 if half and c <= 64 else 32, c, 32 if "2" in experts else 64, 4, 2)
+    if not half:
+        return usual
+    return pick(device, key(f"view_attention{experts}", views, c), usual, m=(32, 128), warps=(4, 8), stages=(1, 3))
+
+
 def view_attention(
     q: Tensor, x: Tensor, geometry: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, query_weight: Tensor, key_weight: Tensor,
     near_weight: Tensor, hidden_bias: Tensor, pos_weight: Tensor, pos_bias: Tensor, logit_weight: Tensor, value_weight: Tensor,
@@ -77,10 +87,7 @@ def view_attention(
         weights = feed or [None] * 8
         first, second, hidden = (feed[2].shape[0], feed[4].shape[0], feed[2].shape[1]) if feed else (0, 0, 0)
         half = q.dtype != torch.float32
-        # Mixtures hold two accumulators: half of the hidden channels at a time, or compilers before Triton 3.9 spill.
-        tile = Tile(64 if half and c <= 64 else 32, c, 32 if first + second > 2 else 64, 4, 2)
-        if half:
-            tile = pick(q.device, key(f"view_attention{first}{second}", views, c), tile, m=(32, 128), warps=(4, 8), stages=(1, 3))
+        tile = view_tile(views, c, f"{first}{second}", half, q.device)
         view_attention_kernel[(triton.cdiv(points, tile.m),)](
             q, x, geometry, norm_weight, norm_bias, query_weight, key_weight, near_weight, hidden_bias, pos_weight, pos_bias,
             logit_weight, value_weight, pos_value, out_weight, out_bias, *weights, out, points, views, eps, feed_eps,

@@ -135,6 +135,6 @@
   }
 
   // On paper everything is open.
-  addEventListener("beforeprint", () => all("details:not(.take):not(.values):not(.source):not(.layered)").forEach(details => { details.dataset.was = details.open; details.open = true; }));
+  addEventListener("beforeprint", () => all("details:not(.take):not(.values):not(.source):not(.layered):not(.more):not(.aside)").forEach(details => { details.dataset.was = details.open; details.open = true; }));
   addEventListener("afterprint", () => all("details[data-was]").forEach(details => { details.open = details.dataset.was === "true"; }));
 })();
