@@ -70,7 +70,7 @@ def _replay(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
 @contextmanager
 def failure_noted(row: dict[str, object]) -> Iterator[None]:
     """A contender that cannot be built, launched or held in memory gets the status `failed: …` in its row, so that the others are still
-    measured on a device that is lent for minutes."""
+    measured where time on the device is short."""
     kinds: tuple[type[Exception], ...] = (RuntimeError, UserError)
     if find_spec("triton") is not None:
         from triton.errors import TritonError

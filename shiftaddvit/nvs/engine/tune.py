@@ -26,7 +26,7 @@ def tune_tiles(engine: RayEngine, scene: Scene, rays: int, device: str, show: Ca
     from shiftaddvit.ops.view_attention.triton import view_tile
 
     views, ray = view_tile(len(x), c, experts, True, place), ray_tile(c, block.ray.form, experts, True, place)
-    # Few, because every one is compiled first, in seconds that are lent; hidden channels stay as many as fit the registers.
+    # Few, because every one is compiled first; hidden channels stay as many as fit the registers.
     trials = {
         key(f"view_attention{experts}", len(x), c): (
             lambda: block.views.run(q, x, geometry, launch),
