@@ -154,6 +154,26 @@ def test_what_kernels_raise_is_noted_and_mistakes_in_code_are_not():
         raise AttributeError("a misspelt name")
 
 
+def test_memory_that_ends_is_told_with_what_to_try():
+    row: dict = {}
+    with failure_noted(row):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert row["status"] == "failed: out of memory, try a smaller batch" and is_wrong(row)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "pvt_v2_b9"], "did you mean 'pvt_v2_b5'"), (["model", "pvt_v2_b9", "--device", "cpu"], "did you mean 'pvt_v2_b5'"),
+        (["train", "--precision", "fp8"], "precision must be 'no', 'fp16' or 'bf16'"), (["train", "--recipe", "our-quant-moe"], "did you mean 'ours-quant-moe'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_refused_before_anything_is_measured(arguments, message, monkeypatch):
+    monkeypatch.setattr(training, "_measure", lambda *_: pytest.fail("measured"))
+    outcome = CliRunner().invoke(app, ["bench", *arguments])
+    assert outcome.exit_code == 2 and message in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
 def test_ops_are_kept_case_by_case_and_a_failure_costs_one_row(monkeypatch):
     def refuses(x):
         raise RuntimeError("does not fit")

@@ -56,6 +56,14 @@ class TrainPlan:
         for mode in self.modes:
             if mode not in ("eager", "compiled"):
                 raise UserError(f"mode must be eager or compiled, got {mode!r}")
+        self.config("eager")
+
+    def config(self, mode: str) -> FinetuneConfig:
+        """How a row trains: one stage that ends with the last batch. UserError for a precision that there is not."""
+        return FinetuneConfig(
+            stages=(StageConfig("all", 1, lr=1e-5, warmup_epochs=0),), precision=self.precision, compile=mode == "compiled", evaluate_every=0,
+            log_every=self.warmup + self.steps, checkpoint_minutes=1e6, cost="equal", seed=self.seed,
+        )  # fmt: skip
 
 
 class TimedBatches:
@@ -131,16 +139,12 @@ def bench_training(plan: TrainPlan, show: Callable[[str], None] = print, keep: C
 def _measure(name: str, recipe: str, mode: str, plan: TrainPlan, device: torch.device) -> dict:
     model = _model(name, recipe, plan)
     batches = TimedBatches(plan, model.num_classes, device)
-    config = FinetuneConfig(
-        stages=(StageConfig("all", 1, lr=1e-5, warmup_epochs=0),), precision=plan.precision, compile=mode == "compiled", evaluate_every=0,
-        log_every=len(batches), checkpoint_minutes=1e6, cost="equal", seed=plan.seed,
-    )  # fmt: skip
     if device.type == "cuda":
         torch._dynamo.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        finetune(model, batches, None, config, output=Path(folder) / "run", show=False)
+        finetune(model, batches, None, plan.config(mode), output=Path(folder) / "run", show=False)
         losses = [event["loss"] for event in read_log(Path(folder) / "run" / "log.jsonl") if event["event"] == "step"]
     times = batches.step_us(plan.warmup)
     tenths = quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9

@@ -74,7 +74,7 @@ def model(
     keep, stored = _files("engine-bench", as_json, against, overwrite)
     import torch
 
-    names, minutes = tuple(models or ("pvt_v2_b0",)), 4.0 if quick else 30.0
+    names, minutes = _named(models), 4.0 if quick else 30.0
     if options.one_of("--device", device, ("auto", "cuda", "cpu")) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -114,7 +114,7 @@ def train(
 
     chosen = ("dense", *_converted(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes))
     plan = TrainPlan(
-        tuple(models or ("pvt_v2_b0",)), chosen, ("eager", "compiled") if compiled else ("eager",), batch_size, image_size, precision,
+        _named(models), chosen, ("eager", "compiled") if compiled else ("eager",), batch_size, image_size, precision,
         steps=15 if quick else 30, minutes=4.0 if quick else 20.0,
     )  # fmt: skip
     result = bench_training(plan, show=typer.echo, keep=keep)
@@ -144,7 +144,7 @@ def tiles(
     if not torch.cuda.is_available():
         raise UserError("measuring tiles needs a CUDA device")
     device = torch.device("cuda", torch.cuda.current_device())
-    for name in models or ("pvt_v2_b0",):
+    for name in _named(models):
         for key in _known(recipe, ("ours-quant-moe", "dense")):
             network = create_model(name, {} if name.startswith("pvt_v2") else {"img_size": image_size}).eval()
             network = network if key == "dense" else reparameterize(network, recipes[key])
@@ -153,6 +153,16 @@ def tiles(
             for walk in walks:
                 typer.echo(f"{name} {key} {walk.problem:34s}{walk.start_us:9.2f} → {walk.best_us:9.2f} µs, {len(walk.seen)} tried  {walk.best}")
             typer.echo(f"wrote {save_tuned(device, best_tiles(walks), output)}")
+
+
+def _named(models: list[str] | None) -> tuple[str, ...]:
+    """Looked at before anything is measured: a name that does not exist is a mistake, not a contender that fails."""
+    from shiftaddvit.reparam.architecture import check_name
+
+    names = tuple(models or ("pvt_v2_b0",))
+    for name in names:
+        check_name(name)
+    return names
 
 
 def _known(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:

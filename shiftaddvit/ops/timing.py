@@ -78,6 +78,8 @@ def failure_noted(row: dict[str, object]) -> Iterator[None]:
         kinds += (TritonError,)
     try:
         yield
+    except torch.OutOfMemoryError:
+        row["status"] = "failed: out of memory, try a smaller batch"
     except kinds as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         row["status"] = f"failed: {type(error).__name__}{': ' if lines else ''}{lines[0][:200] if lines else ''}"

@@ -25,12 +25,17 @@ class Architecture:
     """Arguments of `timm.create_model` besides the name: plain values."""
 
 
+def check_name(name: str) -> None:
+    """Raise the UserError for a model that timm does not have, with the nearest names."""
+    if not timm.is_model(name):
+        raise unknown("model", name, timm.list_models())
+
+
 def create_model(name: str, args: Mapping[str, Any] | None = None, pretrained: bool = False) -> nn.Module:
     """timm's model `name` (PVTv1 too), remembering how it was built so that `save` can say so. Raises UserError for an unknown
     name, with the nearest ones, and for arguments that the model does not take."""
     args = dict(args or {})
-    if not timm.is_model(name):
-        raise unknown("model", name, timm.list_models())
+    check_name(name)
     wrong = [key for key, value in args.items() if not isinstance(value, _ALLOWED)]
     if wrong:
         raise UserError(f"model argument {wrong[0]!r} must be a plain value, got {type(args[wrong[0]]).__name__}")
