@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shiftaddvit.errors import UserError, unknown
 
-from .costs import COSTS, UNITS
+from shiftaddvit.search_terms import COSTS, UNITS
 
 _FACTORS = {
     "energy": {"uJ": 1e-3, "µJ": 1e-3, "mJ": 1.0, "J": 1e3},

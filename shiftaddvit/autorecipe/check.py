@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from shiftaddvit.evaluation import compare
 from shiftaddvit.evaluation.sensitivity import Sensitivity, classes_of, converted, divergence
+from shiftaddvit.search_terms import DAMAGES, DENSE
 
-from .costs import DAMAGES
 from .menu import Menu
-from .options import DENSE, recipe_of
+from .options import recipe_of
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,10 @@ from shiftaddvit.evaluation.sensitivity import Sensitivity, SensitivityRow
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.reparam.identity import Identity, identity
 from shiftaddvit.schema import was_changed
+from shiftaddvit.search_terms import DAMAGES, DENSE, UNITS
 
 from .menu import Menu
-from .options import DENSE, Options, changes, check_options, recipe_of
-
-UNITS = {"energy": "mJ", "latency": "µs", "kl": "nats", "loss": "nats", "drop": "points"}
-"""Of every quantity."""
-COSTS = ("energy", "latency")
-"""What a network takes; the other quantities say how far it is from the dense one."""
-DAMAGES = ("kl", "loss", "drop")
-"""KL divergence from the dense model, rise of the cross-entropy, fall of the accuracy; before any fine-tuning."""
+from .options import Options, changes, check_options, recipe_of
 
 
 @dataclass(frozen=True)

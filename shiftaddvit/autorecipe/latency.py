@@ -17,9 +17,10 @@ from shiftaddvit.evaluation.sensitivity import converted
 from shiftaddvit.ops.timing import copies_for, time_call
 from shiftaddvit.reparam import Recipe
 from shiftaddvit.reparam.identity import identity
+from shiftaddvit.search_terms import DENSE
 
 from .costs import CostTable, by_site
-from .options import DENSE, Options, changes, recipe_of
+from .options import Options, changes, recipe_of
 
 
 def latency_table(

@@ -6,12 +6,11 @@ from dataclasses import replace
 from torch import nn
 
 from shiftaddvit.errors import UserError, unknown
-from shiftaddvit.evaluation.sensitivity import PRIMITIVES, change_of, closed, settings_of
+from shiftaddvit.evaluation.sensitivity import change_of, closed, settings_of
 from shiftaddvit.reparam import Recipe, recipes
 from shiftaddvit.reparam.sites import find_sites
+from shiftaddvit.search_terms import DENSE, PRIMITIVES
 
-DENSE = "dense"
-"""The option of leaving a site as it is; every site has it, first."""
 SEARCHED = ("msa", "linear", "add", "attn-shift", "attn-moe", "mlp-shift", "mlp-moe")
 """Primitives that are tried unless told otherwise; `hash` needs images to learn from."""
 

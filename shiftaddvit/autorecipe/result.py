@@ -11,11 +11,11 @@ from rich.text import Text
 from shiftaddvit.conditions import conditions
 from shiftaddvit.evaluation.sensitivity import Sensitivity
 from shiftaddvit.reparam import Recipe
+from shiftaddvit.search_terms import COSTS, DAMAGES, DENSE, UNITS
 
 from .budget import Budget
 from .check import Joint
-from .costs import COSTS, DAMAGES, UNITS, CostTable, damages
-from .options import DENSE
+from .costs import CostTable, damages
 
 SHOWN = 16
 """Points of the front in the table for people; the JSON result has all."""

@@ -12,10 +12,11 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation.sensitivity import Sensitivity, sensitivity, settings_of
 from shiftaddvit.reparam import Recipe
 from shiftaddvit.reparam.identity import identity
+from shiftaddvit.search_terms import COSTS, DAMAGES
 
 from .budget import Budget
 from .check import measure_together
-from .costs import COSTS, DAMAGES, CostTable, build_menu, damage_menu, energy_table
+from .costs import CostTable, build_menu, damage_menu, energy_table
 from .latency import latency_table
 from .menu import Menu, Picks
 from .optimise import front, least, nearest

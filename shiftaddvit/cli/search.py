@@ -76,9 +76,10 @@ def search(
     from shiftaddvit.autorecipe.optimise import scipy_optimize
     from shiftaddvit.autorecipe.options import SEARCHED
     from shiftaddvit.cost import BitWidths, Settings, load_units
-    from shiftaddvit.evaluation.sensitivity import PRIMITIVES, Sensitivity
+    from shiftaddvit.evaluation.sensitivity import Sensitivity
     from shiftaddvit.reparam.recipe import as_recipe
     from shiftaddvit.schema import stamped
+    from shiftaddvit.search_terms import PRIMITIVES
 
     from .image_choice import DataChoice, evaluation_loader, image_form, sample, some_images
     from .model_choice import ModelChoice, open_model

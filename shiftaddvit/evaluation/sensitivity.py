@@ -17,20 +17,9 @@ from shiftaddvit.reparam.calibrate import needs_calibration
 from shiftaddvit.reparam.identity import Identity, identity
 from shiftaddvit.reparam.sites import AttentionSite, MlpSite, find_sites
 from shiftaddvit.schema import was_changed
+from shiftaddvit.search_terms import PRIMITIVES
 
 from .accuracy import Evaluation, compare, evaluate
-
-PRIMITIVES: Mapping[str, Mapping[str, str]] = {
-    "msa": {"attention": "msa"},
-    "linear": {"attention": "linear"},
-    "add": {"attention": "linear", "add": "quant"},
-    "hash": {"attention": "linear", "add": "ksh"},
-    "attn-shift": {"attn_linear": "shift"},
-    "attn-moe": {"attn_linear": "moe"},
-    "mlp-shift": {"mlp": "shift"},
-    "mlp-moe": {"mlp": "moe"},
-}
-"""What each primitive changes at one site; the names of `sensitivity`. Two of one attention go together with a plus: `add+attn-shift`."""
 
 USUAL = ("linear", "add", "attn-shift", "mlp-shift")
 """Primitives that are measured unless told otherwise."""

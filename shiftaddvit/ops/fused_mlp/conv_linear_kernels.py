@@ -17,8 +17,8 @@ def _taps(h, conv, first, m, y, x, ks, M, K, H, W, BM: tl.constexpr, BK: tl.cons
         total = tl.zeros((BM, BK), tl.float16)
     else:
         total = tl.zeros((BM, BK), tl.float32)
-    for dy in tl.static_range(-1, 2):
-        for dx in tl.static_range(-1, 2):
+    for dy in tl.range(-1, 2, num_stages=1):
+        for dx in tl.range(-1, 2, num_stages=1):
             near = (m < M) & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
             value = tl.load(tile + (offsets + (dy * W + dx) * K), mask=near[:, None] & columns, other=0)
             factor = tl.load(conv + (dy * 3 + dx + 4) * K + ks, mask=ks < K, other=0.0)
