@@ -119,18 +119,25 @@ def fused_mlp():
         for side, c, hidden in STAGES:
             m = batch * side * side
             for experts in (1, 2):
-                router = lambda k, e=experts: meta(2, k, dtype=single) if e == 2 else None  # noqa: E731
+                router = lambda k, e=experts: meta(16, k, dtype=half) if e == 2 else None  # noqa: E731
                 bias = lambda n, e=experts: meta(e, n, dtype=single)  # noqa: E731
                 yield f"norm_linear x{experts} {m}x{c}x{hidden}", lambda m=m, c=c, n=hidden, e=experts, r=router, b=bias: kernels.norm_linear(
-                    meta(m, c, dtype=half), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, n, c, dtype=half), b(n), r(c),
-                    None, None, "none",
+                    meta(m, c), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, n, c, dtype=half), b(n), r(c), None, None, "none",
                 )  # fmt: skip
-                yield f"conv_linear x{experts} {m}x{hidden}x{c}", lambda m=m, s=side, c=c, n=hidden, e=experts, r=router, b=bias: (
-                    kernels.conv_linear(
-                        meta(m, n, dtype=half), s, s, meta(9, n, dtype=half), meta(n, dtype=single), meta(e, c, n, dtype=half), b(c),
-                        r(n), meta(m, c, dtype=half), None, None, None, 1e-6, True,
-                    )
+                yield f"norm_linear x{experts} {m}x{hidden}x{c}", lambda m=m, c=c, n=hidden, e=experts, r=router, b=bias: kernels.norm_linear(
+                    meta(m, n, dtype=half), None, None, 0.0, meta(e, c, n, dtype=half), b(c), r(n), meta(m, c), None, "none",
                 )  # fmt: skip
+
+
+def conv_gelu():
+    from shiftaddvit.ops.conv_gelu import triton as kernels
+
+    for batch in (1, 32, 256):
+        for side, _, hidden in STAGES:
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                yield f"conv_gelu {dtype} {batch}x{side}x{hidden}", lambda b=batch, s=side, k=hidden, t=dtype: kernels.conv_gelu(
+                    meta(b, s * s, k, dtype=t), s, s, meta(9, k, dtype=t), meta(k, dtype=torch.float32), None
+                )
 
 
 def linear_attention():
@@ -225,7 +232,7 @@ def float32():
     m = lambda *shape: meta(*shape, dtype=torch.float32)  # noqa: E731
     for rows, k, n in ((50176, 160, 640), (12544, 256, 1024), (50432, 192, 576), (200704, 128, 512), (50176, 320, 1280)):
         for experts in (1, 2):
-            router = m(2, k) if experts == 2 else None
+            router = m(16, k) if experts == 2 else None
             yield f"norm_linear fp32 x{experts} {rows}x{k}x{n}", lambda r=rows, k=k, n=n, e=experts, router=router: mlp.norm_linear(
                 m(r, k), m(k), m(k), 1e-6, m(e, n, k), m(e, n), router, None, None, "none"
             )
@@ -312,6 +319,7 @@ def gnt():
 OPS = {
     "matshift": matshift,
     "fused_mlp": fused_mlp,
+    "conv_gelu": conv_gelu,
     "linear_attention": linear_attention,
     "moe_linear": moe_linear,
     "matadd": matadd,
@@ -325,7 +333,7 @@ OPS = {
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
-    "conv_linear x2 50176x640x160", "encode x2 256x196x320", "encode x2 256x784x64", "mix x2 256x196x160", "mix x2 1x784x64",
+    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "encode x2 256x196x320", "encode x2 256x784x64", "mix x2 256x196x160", "mix x2 1x784x64",
     "mix x2 1x196x160", "mix x1 1x196x320", "mix x1 1x197x192", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",

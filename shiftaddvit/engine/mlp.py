@@ -1,6 +1,6 @@
 """MLPs as steps: with a depthwise convolution inside (PVTv2), plain, or a mixture of whole MLPs (PVTv1)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +11,18 @@ from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.moe import MoEMlp
-from shiftaddvit.ops.fused_mlp import conv_linear, norm_linear
+from shiftaddvit.ops.conv_gelu import conv_gelu
+from shiftaddvit.ops.fused_mlp import norm_linear, route_rows
 from shiftaddvit.ops.moe_linear import moe_linear
 
 from .adder import lower_projection
 from .program import About, Launch
 from .weights import Activation, Norm, Preparation, Projection, activate, activation_of, convolution, norm_of, routed
 
-CLOSING_NORM_WIDTH = 128
-"""Outputs up to which the norm that closes a stage is taken into its last kernel: one program must then hold whole rows."""
-
 
 @dataclass(frozen=True)
 class ConvMlpStep:
-    """x + fc2(act(conv3×3(fc1(norm(x))))), perhaps with the stage's closing norm."""
+    """x + fc2(act(conv3×3(fc1(norm(x)))))."""
 
     name: str
     """Module name in the model."""
@@ -46,8 +44,6 @@ class ConvMlpStep:
     """Back."""
     conv_primitive: str = "mult"
     """What the convolution's products are."""
-    closing: Norm | None = None
-    """LayerNorm of the result."""
 
     @property
     def fused(self) -> bool:
@@ -55,22 +51,12 @@ class ConvMlpStep:
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
         h = self.fc1.run(x, launch, self.norm)
-        h = torch.relu(h) if self.relu else h
-        if not self.fused:
-            y = self.fc2.run(activate(self._convolve(h), self.activation), launch, residual=x)
-            return self.closing.run(y) if self.closing else y
-        return conv_linear(
-            h,
-            *self.grid,
-            self.conv,
-            self.conv_bias,
-            **self.fc2.biased,
-            residual=x,
-            norm=self.closing.pair if self.closing else None,
-            eps=self.closing.eps if self.closing else 0.0,
-            pdl=launch.pdl,
-            backend=launch.backend,
-        )[0]
+        h = (torch.relu(h) if self.relu else h).to(self.conv.dtype)
+        if self.activation == "gelu":
+            a = conv_gelu(h, *self.grid, self.conv, self.conv_bias, pdl=launch.pdl, backend=launch.backend)
+        else:
+            a = activate(self._convolve(h), self.activation)
+        return self.fc2.run(a, launch, residual=x)
 
     def _convolve(self, h: Float[Tensor, "B N hidden"]) -> Float[Tensor, "B N hidden"]:
         pictures = h.transpose(1, 2).unflatten(2, self.grid)
@@ -78,9 +64,9 @@ class ConvMlpStep:
         return F.conv2d(pictures, filters, self.conv_bias.to(h.dtype), padding=1, groups=h.shape[2]).flatten(2).transpose(1, 2)
 
     def about(self) -> About:
-        second = "conv_linear" if self.fused else "conv2d + activation + linear"
-        ops = f"{'norm_linear' if self.fc1.fusable else 'norm + linear'} + {'relu + ' if self.relu else ''}{second}"
-        fused = self.fused and self.fc1.fusable and not self.relu
+        first = f"{'norm_linear' if self.fc1.fusable else 'norm + linear'} + {'relu + ' if self.relu else ''}"
+        ops = f"{first}{'conv_gelu' if self.activation == 'gelu' else 'conv2d + activation'} + {'norm_linear' if self.fc2.fusable else 'linear'}"
+        fused = self.fc1.fusable and self.fc2.fusable and self.activation == "gelu" and not self.relu
         return About(ops, f"{self.grid[0] * self.grid[1]}×{self.fc2.weight.shape[1]}", _all(self.fc1.primitive, self.conv_primitive, self.fc2.primitive), fused)
 
 
@@ -125,6 +111,8 @@ class RoutedMlpStep:
     """Before the router and the experts."""
     router: Float[Tensor, "E C"]
     """float32."""
+    rows: Float[Tensor, "16 C"] | None
+    """The router as the kernels read it, for two experts."""
     gate: bool
     """Whether the output is multiplied by the expert's probability."""
     activation: Activation
@@ -152,7 +140,7 @@ class RoutedMlpStep:
     def _run_fused(self, x: Tensor, launch: Launch) -> Tensor:
         fc1, fc2 = self.first[0], self.second[0]
         h, choice = norm_linear(
-            x, fc1.weight, fc1.bias, self.norm.pair, self.norm.eps, self.router, activation="gelu", pdl=launch.pdl, backend=launch.backend
+            x, fc1.weight, fc1.bias, self.norm.pair, self.norm.eps, self.rows, activation="gelu", pdl=launch.pdl, backend=launch.backend
         )
         return x + moe_linear(h, choice, fc2.weight, fc2.bias, backend=launch.backend)
 
@@ -170,7 +158,7 @@ def lower_mlp(
     if before is None:
         raise UserError(f"the engine cannot lower {name}: no LayerNorm stands before it; run the model itself")
     if type(module) is MlpWithDepthwiseConv:
-        conv = module.dwconv
+        conv, prep = module.dwconv, prep.inside(module)
         weight, bias, primitive = convolution(conv, f"{name}.dwconv", "an ordinary or a shift convolution")
         return ConvMlpStep(
             name, before, lower_projection(module.fc1, f"{name}.fc1", prep), isinstance(module.relu, nn.ReLU), grid,
@@ -203,20 +191,14 @@ def _lower_mixture(module, before, name, grid, tokens, norm, norm_name, prep, sc
     first, second = tuple(step.fc1 for step in steps), tuple(step.fc2 for step in steps)
     if len(steps) == 2 and not gate and steps[0].activation == "gelu" and all(p.fusable for p in (*first, *second)):
         first, second = (_stack(first),), (_stack(second),)
-    return RoutedMlpStep(name, tokens, before, router, gate, steps[0].activation, first, second)
+    rows = route_rows(router, prep.dtype) if len(steps) == 2 else None
+    return RoutedMlpStep(name, tokens, before, router, rows, gate, steps[0].activation, first, second)
 
 
 def _stack(parts: tuple[Projection, ...]) -> Projection:
     bias = torch.cat([p.bias for p in parts]) if parts[0].bias is not None else None
     primitives = tuple(p.primitives[0] for p in parts)
     return Projection(torch.cat([p.weight for p in parts]), bias, None, False, (False,) * len(parts), primitives)
-
-
-def with_closing_norm(step: ConvMlpStep, norm: Norm) -> ConvMlpStep | None:
-    """The step with a stage's norm taken into it, where its kernel can hold whole rows; else None."""
-    if not isinstance(step, ConvMlpStep) or not step.fused or step.fc2.weight.shape[1] > CLOSING_NORM_WIDTH:
-        return None
-    return replace(step, closing=norm)
 
 
 def _all(*primitives: str) -> str:

@@ -11,7 +11,7 @@ from shiftaddvit.models.pvt_v1 import PyramidVisionTransformer, resize_positions
 from .embed import NormStep, lower_embed
 from .head import lower_head
 from .lower_attention import lower_attention
-from .mlp import lower_mlp, with_closing_norm
+from .mlp import lower_mlp
 from .program import Step
 from .weights import Preparation, norm_of
 
@@ -27,10 +27,8 @@ def lower_pvt_v2(model: PyramidVisionTransformerV2, image_size: tuple[int, int],
             steps.append(embed)
         steps += _blocks(stage.blocks, PVTv2Block, f"{name}.blocks", embed.grid, 0, prep)
         norm = norm_of(stage.norm, f"{name}.norm", prep)
-        if number + 1 == len(model.stages):
-            continue
-        closed = with_closing_norm(steps[-1], norm)
-        steps[-1:] = [closed] if closed is not None else [steps[-1], NormStep(f"{name}.norm", norm)]
+        if number + 1 < len(model.stages):
+            steps.append(NormStep(f"{name}.norm", norm))
     return [*steps, lower_head(model.head, "head", norm, model.global_pool, 0, model.num_features, prep)]
 
 

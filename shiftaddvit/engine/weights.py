@@ -1,7 +1,7 @@
 """Weights prepared once: linears, shift layers and mixtures as one `Projection`, norms as one `Norm`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from shiftaddvit.layers.moe import MoELinear
 from shiftaddvit.layers.packed import PackedShiftConv2d, PackedShiftLinear
 from shiftaddvit.layers.shift import ShiftConv2d, ShiftLinear
 from shiftaddvit.numerics import fixed_point
-from shiftaddvit.ops.fused_mlp import norm_linear
+from shiftaddvit.ops.fused_mlp import norm_linear, route_rows
 from shiftaddvit.ops.matshift import formats
 
 from .program import Launch
@@ -44,6 +44,13 @@ class Preparation:
     """Where the weights will live."""
     notes: list[str] = field(default_factory=list)
     """Filled while lowering."""
+
+    def inside(self, *layers: nn.Module) -> "Preparation":
+        """For layers whose results never meet the residual: on a GPU float16 in place of bfloat16 where the weights allow it, with eight
+        times its precision, and with sums of two channels an instruction."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16 or any(float(p.detach().abs().max()) > 1e3 for layer in layers for p in layer.parameters() if p.numel()):
+            return self
+        return replace(self, dtype=torch.float16)
 
     def vector(self, tensor: Tensor | None) -> Tensor | None:
         """A float32 copy on the device."""
@@ -98,6 +105,8 @@ class Projection:
     """Which experts round their input to 16.16 fixed point."""
     primitives: tuple[str, ...]
     """One an expert."""
+    rows: Float[Tensor, "16 in"] | None = None
+    """The router as the kernels read it, for two experts."""
 
     @property
     def fusable(self) -> bool:
@@ -121,13 +130,15 @@ class Projection:
         residual: Float[Tensor, "*batch out"] | None = None,
         activation: Activation = "none",
     ) -> Float[Tensor, "*batch out"]:
-        """residual + activation(Expert(norm(x))) in the dtype of x."""
+        """residual + activation(Expert(norm(x))), in the dtype of the residual, or without one in that of the weights."""
         if not self.fusable:
             return self._unfused(x, norm, residual, activation)
         inside = activation in ("none", "gelu")
         y, _ = norm_linear(
             x,
-            **self.biased,
+            self.weight,
+            self.bias,
+            router=self.rows,
             norm=norm.pair if norm else None,
             eps=norm.eps if norm else 0.0,
             residual=residual if inside else None,
@@ -148,7 +159,7 @@ class Projection:
         for number in range(1, self.weight.shape[0]):
             y = torch.where((index == number).unsqueeze(-1), self.expert(number, a), y)
         y = activate(y if factor is None else y * factor.unsqueeze(-1), activation)
-        return (y if residual is None else y + residual).to(x.dtype)
+        return y.to(self.weight.dtype) if residual is None else (y + residual).to(residual.dtype)
 
     def expert(self, number: int, a: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """One expert on every row, in float32."""
@@ -182,7 +193,8 @@ def projection(module: nn.Module, name: str, prep: Preparation, scale: Tensor | 
     weight, bias = torch.stack(weights), torch.stack(biases) if biases[0] is not None else None
     if scale is not None:
         weight, bias = weight * scale.to(weight).unsqueeze(-1), bias * scale.to(bias) if bias is not None else None
-    return Projection(prep.matrix(weight, name), prep.vector(bias), router, gate, rounds, primitives)
+    rows = route_rows(router, prep.dtype) if router is not None and len(parts) == 2 else None
+    return Projection(prep.matrix(weight, name), prep.vector(bias), router, gate, rounds, primitives, rows)
 
 
 def joined(parts: list[Projection]) -> Projection | None:

@@ -52,8 +52,7 @@ class BlockedConvMlp:
         h = convolve_blocked(to_blocked(a.unflatten(0, (len(x), -1)), step.grid), *fc1, 0, 1)
         h = F.gelu(convolve_blocked(h, *depthwise, 1, len(step.conv_bias)))
         y = tokens_of(convolve_blocked(h, *fc2, 0, 1)).flatten(0, 1)
-        y = (selected(y, x.shape[-1]) if step.fc2.router is not None else y).view(x.shape).add_(x)
-        return normalised(y, step.closing).view(x.shape)
+        return (selected(y, x.shape[-1]) if step.fc2.router is not None else y).view(x.shape).add_(x)
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ class ConvMlp:
         step, grid = self.step, self.step.grid
         h = self.fc1(normalised(x, step.norm)).unflatten(0, (len(x), -1))
         h = convolve_tokens(h, grid, self.filters, self.bias, grid, 1, (1, 1), len(self.bias))
-        y = self.fc2(_activated(h, "gelu").flatten(0, 1), x.reshape(-1, x.shape[-1]))
-        return normalised(y, step.closing).view(x.shape)
+        return self.fc2(_activated(h, "gelu").flatten(0, 1), x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 def conv_mlp(step: ConvMlpStep, int8: bool) -> BlockedConvMlp | ConvMlp | None:

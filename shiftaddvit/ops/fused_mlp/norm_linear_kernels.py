@@ -11,7 +11,7 @@ def norm_linear_kernel(
     x, gamma, beta, w, bias, router, residual, out, out_scale, choice, M, N, K, stride_x, eps,
     NORM: tl.constexpr, EXPERTS: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_CHOICE: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BK channels: normalised and routed once, then TILES output tiles of BN channels."""
     groups = tl.cdiv(N, BN * TILES)
@@ -19,7 +19,6 @@ def norm_linear_kernel(
     m = (tl.program_id(0) // groups) * BM + tl.arange(0, BM)
     ks = tl.arange(0, BK)
     inside = (m[:, None] < M) & (ks[None, :] < K)
-    T: tl.constexpr = x.dtype.element_ty
     wait_for_inputs(PDL)
     a = tl.load(x + m[:, None].to(tl.int64) * stride_x + ks[None, :], mask=inside, other=0.0)
     if NORM or EXPERTS == 2:
@@ -30,8 +29,10 @@ def norm_linear_kernel(
         a = a + tl.load(beta + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
     second = m < 0
     if EXPERTS == 2:
-        first_logit = tl.sum(a * tl.load(router + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :], 1)
-        second = tl.sum(a * tl.load(router + K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :], 1) > first_logit
+        lead = tl.load(router + ks, mask=ks < K, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, 3):
+            lead += tl.load(router + part * K + ks, mask=ks < K, other=0.0).to(tl.float32)
+        second = tl.sum(a * lead[None, :], 1) > 0
         if HAS_CHOICE:
             tl.store(choice + m, second.to(tl.int8), mask=m < tl.where(group == 0, M, 0))
     a = a.to(T)
@@ -50,22 +51,21 @@ def wide_norm_linear_kernel(
     x, gamma, beta, w, bias, router, residual, out, out_scale, choice, M, N, K, stride_x, eps,
     NORM: tl.constexpr, EXPERTS: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_CHOICE: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any width: statistics first, then the product chunk by chunk; the second reading of x hits the cache."""
     tiles_n = tl.cdiv(N, BN)
     m = (tl.program_id(0) // tiles_n) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
-    T: tl.constexpr = x.dtype.element_ty
     rows = x + m[:, None].to(tl.int64) * stride_x
     wait_for_inputs(PDL)
     if NORM:
-        mean, scale = row_statistics(rows, m < M, K, eps, BM, BK)
+        mean, scale = row_statistics(rows, m < M, K, eps, BM, BS)
     acc = tl.zeros((BM, BN), tl.float32)
     second = m < 0
     if EXPERTS == 2:
         other = tl.zeros((BM, BN), tl.float32)
-        lead = tl.zeros((BM,), tl.float32)
+        lead = tl.zeros((BM, 16), tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
         ks = k + tl.arange(0, BK)
         a = tl.load(rows + ks[None, :], mask=(m[:, None] < M) & (ks[None, :] < K), other=0.0)
@@ -73,16 +73,13 @@ def wide_norm_linear_kernel(
             a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
             a = a * tl.load(gamma + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
             a = a + tl.load(beta + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
-        if EXPERTS == 2:
-            r = tl.load(router + K + ks, mask=ks < K, other=0.0).to(tl.float32)
-            r = r - tl.load(router + ks, mask=ks < K, other=0.0).to(tl.float32)
-            lead += tl.sum(a.to(tl.float32) * r[None, :], 1)
         a = a.to(T)
         acc = tl.dot(a, load_columns(w, n, k, N, K, BK, T), acc, input_precision=PRECISION)
         if EXPERTS == 2:
             other = tl.dot(a, load_columns(w + N * K, n, k, N, K, BK, T), other, input_precision=PRECISION)
+            lead = tl.dot(a, load_columns(router, tl.arange(0, 16), k, 16, K, BK, T), lead, input_precision=PRECISION)
     if EXPERTS == 2:
-        second = lead > 0
+        second = tl.sum(lead, 1) > 0
         acc = tl.where(second[:, None], other, acc)
         if HAS_CHOICE:
             tl.store(choice + m, second.to(tl.int8), mask=m < tl.where(tl.program_id(0) % tiles_n == 0, M, 0))

@@ -1,4 +1,4 @@
-"""The fused MLP pieces written with ordinary torch operations, in float32, rounded once at the end."""
+"""LayerNorm and the chosen expert, written with ordinary torch operations, in float32, rounded once at the end."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def experts(
     a: Float[Tensor, "M K"],
     weight: Float[Tensor, "E N K"],
     bias: Float[Tensor, "E N"] | None,
-    router: Float[Tensor, "E K"] | None,
+    router: Float[Tensor, "E K"] | Float[Tensor, "16 K"] | None,
 ) -> tuple[Float[Tensor, "M N"], Int8[Tensor, "M"]]:
     """Every row through the expert with the largest router logit (the first on a tie), and which one it was."""
     y = torch.einsum("mk,enk->men", a, weight.to(a.dtype))
@@ -20,7 +20,8 @@ def experts(
         y = y + bias.to(a.dtype)
     if router is None:
         return y[:, 0], torch.empty(0, dtype=torch.int8, device=a.device)
-    second = a @ router[1].to(a.dtype) > a @ router[0].to(a.dtype)
+    router = router.to(a.dtype)
+    second = a @ router[1] > a @ router[0] if len(router) == 2 else a @ router.sum(dim=0) > 0
     return torch.where(second.unsqueeze(1), y[:, 1], y[:, 0]), second.to(torch.int8)
 
 
@@ -37,28 +38,7 @@ def norm_linear(
         y = F.gelu(y)
     if residual is not None:
         y = y + residual
-    return (quantise(y, out_scale) if out_scale is not None else y.to(x.dtype)), choice
-
-
-def conv_linear(
-    h: Tensor, height: int, width: int, conv_weight: Float[Tensor, "9 K"], conv_bias: Float[Tensor, "K"],
-    weight: Float[Tensor, "E N K"], bias: Float[Tensor, "E N"] | None, router: Tensor | None, residual: Tensor | None,
-    h_scale: Float[Tensor, "K"] | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, half_taps: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[LayerNorm](residual + Expert(GELU(conv3×3(h · h_scale) + conv_bias)))."""
-    a = _wide(h)
-    if h_scale is not None:
-        a = a * h_scale
-    k = a.shape[1]
-    pictures = a.reshape(-1, height, width, k).permute(0, 3, 1, 2)
-    filters = conv_weight.to(a.dtype).t().reshape(k, 1, 3, 3)
-    a = F.conv2d(pictures, filters, conv_bias.to(a.dtype), padding=1, groups=k)
-    y, choice = experts(F.gelu(a).permute(0, 2, 3, 1).reshape(-1, k), weight, bias, router)
-    if residual is not None:
-        y = y + residual
-    if norm_weight is not None:
-        y = F.layer_norm(y, y.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps)
-    return y.to(weight.dtype), choice
+    return (quantise(y, out_scale) if out_scale is not None else y.to((weight if residual is None else residual).dtype)), choice
 
 
 def _wide(x: Tensor) -> Tensor:
