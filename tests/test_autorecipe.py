@@ -26,7 +26,7 @@ from shiftaddvit.autorecipe import (
 )
 from shiftaddvit.autorecipe.costs import read_json
 from shiftaddvit.autorecipe.figure import front_figure
-from shiftaddvit.autorecipe.options import DENSE, changes, choice_of, fixed_rows, recipe_of
+from shiftaddvit.autorecipe.options import changes, choice_of, fixed_rows, recipe_of
 from shiftaddvit.cost import Settings
 from shiftaddvit.cost.estimate import model_energy
 from shiftaddvit.errors import UserError
@@ -36,6 +36,7 @@ from shiftaddvit.layers.moe import MoEConfig, MoELinear
 from shiftaddvit.layers.shift import ShiftConfig, ShiftLinear
 from shiftaddvit.reparam import Recipe, reparameterize
 from shiftaddvit.schema import stamped
+from shiftaddvit.search_terms import DENSE
 
 GOAL = Goal(("kl", "energy"), "kl", "energy")
 PRIMITIVES = ("add", "attn-shift", "attn-moe", "mlp-shift", "mlp-moe")

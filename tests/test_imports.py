@@ -10,7 +10,7 @@ import pytest
 import shiftaddvit
 
 ROOT = Path(shiftaddvit.__file__).parent
-FREE = {"errors", "files", "conditions", "processes", "schema", "intervals", "published", "__version__"}
+FREE = {"errors", "files", "conditions", "processes", "schema", "intervals", "published", "search_terms", "__version__"}
 """Leaves that anything may use."""
 LAYERS = {"numerics", "ops", "layers", "losses"}
 MODELS = {"models"}
@@ -23,6 +23,7 @@ ALLOWED = {
     "schema": set(),
     "intervals": set(),
     "published": set(),
+    "search_terms": set(),
     "numerics": set(),
     "ops": {"numerics"},
     "layers": {"numerics", "ops"},

@@ -12,9 +12,7 @@ import report_files as files
 import report_search_files as made
 from typer.testing import CliRunner
 
-from shiftaddvit.autorecipe.costs import COSTS, DAMAGES, UNITS
 from shiftaddvit.cli.main import app
-from shiftaddvit.evaluation.sensitivity import PRIMITIVES
 from shiftaddvit.report import searched, write_report
 from shiftaddvit.report.charts import Point, front
 from shiftaddvit.report.contents import content
@@ -35,11 +33,6 @@ def read(tmp_path, *values):
 def rows_of(table):
     """Rows as (heading → cell), by their first cell."""
     return {row[0].text: dict(zip(table.headings(), row, strict=True)) for row in table.rows}
-
-
-def test_the_report_knows_the_quantities_and_primitives_that_the_search_has():
-    assert dict(searched.UNITS) == dict(UNITS) and set(searched.COSTS) == set(COSTS) and set(searched.DAMAGES) == set(DAMAGES)
-    assert {name: dict(change) for name, change in PRIMITIVES.items()} == searched.CHANGES
 
 
 @pytest.mark.parametrize(

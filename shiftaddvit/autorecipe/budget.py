@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 
 from shiftaddvit.errors import UserError, unknown
-
 from shiftaddvit.search_terms import COSTS, UNITS
 
 _FACTORS = {

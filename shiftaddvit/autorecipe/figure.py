@@ -5,8 +5,8 @@ from types import ModuleType
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_write
-
 from shiftaddvit.search_terms import UNITS
+
 from .result import Found
 
 _FRONT, _ROWS, _FOUND = "#33567f", "#c8553d", "#2a7f62"

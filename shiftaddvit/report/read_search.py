@@ -5,14 +5,12 @@ import re
 from itertools import pairwise
 from typing import Any
 
+from shiftaddvit.search_terms import COSTS, DAMAGES, DENSE, UNITS
+
 from .fields import Fields
 from .networks import ModelRef, image_size, model_ref
 from .results import Results
 from .searched import (
-    COSTS,
-    DAMAGES,
-    DENSE,
-    UNITS,
     SearchLatency,
     SearchPoint,
     SearchResult,

@@ -2,26 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from shiftaddvit.search_terms import COSTS, DAMAGES, DENSE, PRIMITIVES
+
 from .networks import ModelRef
 from .sources import Source
-
-DENSE = "dense"
-"""The option of leaving an attention or MLP as it is."""
-UNITS = {"energy": "mJ", "latency": "µs", "kl": "nats", "loss": "nats", "drop": "points"}
-"""Of every quantity that a search knows."""
-COSTS, DAMAGES = ("energy", "latency"), ("kl", "loss", "drop")
-"""What a network takes, and how far it is from the dense one."""
-CHANGES = {
-    "msa": {"attention": "msa"},
-    "linear": {"attention": "linear"},
-    "add": {"attention": "linear", "add": "quant"},
-    "hash": {"attention": "linear", "add": "ksh"},
-    "attn-shift": {"attn_linear": "shift"},
-    "attn-moe": {"attn_linear": "moe"},
-    "mlp-shift": {"mlp": "shift"},
-    "mlp-moe": {"mlp": "moe"},
-}
-"""Every primitive, and the columns of a recipe that it sets."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +108,10 @@ def parts(option: str) -> tuple[str, str] | None:
     names = option.split("+")
     if option == DENSE:
         return "", "mult"
-    if not set(names) <= CHANGES.keys():
+    if not set(names) <= PRIMITIVES.keys():
         return None
-    forms = [name for name in names if "attention" in CHANGES[name]]
-    linears = [name.partition("-")[2] for name in names if "attention" not in CHANGES[name]]
+    forms = [name for name in names if "attention" in PRIMITIVES[name]]
+    linears = [name.partition("-")[2] for name in names if "attention" not in PRIMITIVES[name]]
     if len(forms) > 1 or len(linears) > 1 or (len(names) == 2 and (names[0] not in forms or not names[1].startswith("attn-"))):
         return None
     return (forms or [""])[0], (linears or ["mult"])[0]
@@ -135,4 +119,4 @@ def parts(option: str) -> tuple[str, str] | None:
 
 def changed_columns(option: str) -> dict[str, str]:
     """The columns of a recipe that an option sets."""
-    return {} if option == DENSE else {column: value for name in option.split("+") for column, value in CHANGES[name].items()}
+    return {} if option == DENSE else {column: value for name in option.split("+") for column, value in PRIMITIVES[name].items()}

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from shiftaddvit.search_terms import COSTS, DAMAGES, DENSE, UNITS
+
 from .charts import Matrix, Point, Scatter, Series, Square
 from .maps import in_words
 from .results import Results
-from .searched import COSTS, DAMAGES, DENSE, UNITS, SearchLatency, SearchPoint, SearchResult, parts
+from .searched import SearchLatency, SearchPoint, SearchResult, parts
 from .tables import NONE, NOT_RUN, Cell, Column, Table, Tile, signed, words
 
 FORMS = {"msa": "softmax", "linear": "linear", "add": "add", "hash": "hash"}
