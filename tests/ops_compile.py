@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from ops_sass import unset_uniform
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
@@ -40,7 +41,7 @@ def record_launches(launch) -> list[tuple]:
 
 
 def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
-    """Registers, spills, shared memory and matrix instructions of one launch."""
+    """Registers, spills, shared memory and matrix instructions of one launch, and the assembler's mistakes."""
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
     named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     signature, constants, attrs = {}, {}, {}
@@ -77,6 +78,7 @@ def inspect_code(cubin: bytes) -> dict:
         "mma": len(re.findall(r"\b[HIQ]MMA\b", code)),
         "wide_loads": len(re.findall(r"LDG\.E\.(?:\w+\.)*128|LDGSTS\.E\.(?:\w+\.)*128", code)),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code)),
+        "unset": unset_uniform(code),
     }
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ops_sass import unset_uniform
 
 pytest.importorskip("triton")
 
@@ -31,5 +32,22 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
         spilled = {name: launch[name] for name in ("stack", "local", "spill_instructions") if launch[name]}
         assert not spilled, f"{launch['launch']}: {spilled}"
         assert launch["shared"] <= 232448, launch["launch"]
+        assert not launch["unset"], f"{launch['launch']}: the assembler reads registers that nothing set: {launch['unset']}"
         if launch["kernel"] in ON_WARPGROUP_UNITS:
             assert launch["wgmma"] > 0, f"{launch['launch']} does not use the warpgroup matrix instructions"
+
+
+def test_registers_that_nothing_set_are_found():
+    right = """
+        /*0060*/                   ULDC.64 UR4, c[0x0][0x230] ;
+        /*0210*/                   UMOV UR6, 0x400 ;
+        /*03d0*/                   USHF.R.U32.HI UR42, URZ, 0x4, UR6 ;
+        /*03e0*/                   UMOV UR43, 0x40000040 ;
+        /*2160*/              @!P6 LDG.E.128 R72, desc[UR4][R76.64] ;
+        /*2170*/                   HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR40], RZ, !UPT ;
+    """
+    assert unset_uniform(right) == []
+    assert unset_uniform(right + "/*2190*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR40], RZ, !UPT ;") != []
+    # CUDA 12.8: the sum that makes a descriptor, before the address of shared memory is known.
+    wrong = "/*00b0*/                   UIADD3 UR10, UP0, UR10, 0x20, URZ ;\n"
+    assert unset_uniform(wrong + right) == ["UIADD3 UR10, UP0, UR10, 0x20, URZ"]

@@ -51,7 +51,7 @@ def _softmax_mixed(
     BK: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Softmax attention of BM points over the whole ray, projected; `kept` has k, then v, of every point."""
+    """Softmax attention of BM points over the whole ray, projected; `kept` has k of every point (S, C), then v transposed (C, S)."""
     cs, i = tl.arange(0, C), tl.arange(0, D)
     acc = tl.zeros((BM, C), tl.float32)
     for head in tl.static_range(HEADS):
@@ -62,14 +62,14 @@ def _softmax_mixed(
         for start in tl.range(0, S, BK, num_stages=1):
             j = start + tl.arange(0, BK)
             there = j < S
-            keys = tl.load(kept + j[None, :] * (2 * C) + (head * D + i)[:, None], mask=there[None, :], other=0.0)
+            keys = tl.load(kept + j[None, :] * C + (head * D + i)[:, None], mask=there[None, :], other=0.0)
             scores = tl.dot(q, keys, input_precision=PRECISION) * (1.4426950408889634 * (1.0 / D) ** 0.5)
             scores = tl.where(there[None, :], scores, -float("inf"))
             new = tl.maximum(largest, tl.max(scores, 1))
             weights = tl.exp2(scores - new[:, None])
             shrink = tl.exp2(largest - new)
             total = total * shrink + tl.sum(weights, 1)
-            values = tl.load(kept + j[:, None] * (2 * C) + (C + head * D + i)[None, :], mask=there[:, None], other=0.0)
+            values = tl.load(kept + S * C + (head * D + i)[None, :] * S + j[:, None], mask=there[:, None], other=0.0)
             mixed = tl.dot(weights.to(T), values, mixed * shrink[:, None], input_precision=PRECISION)
             largest = new
         acc = tl.dot((mixed / total[:, None]).to(T), load_columns(proj, cs, head * D, C, C, D, T), acc, input_precision=PRECISION)
@@ -98,8 +98,9 @@ def ray_transformer_kernel(
             k = tl.dot(a, load_columns(w, C + cs, 0, 3 * C, C, C, T), input_precision=PRECISION)
             v = tl.dot(a, load_columns(w, 2 * C + cs, 0, 3 * C, C, C, T), input_precision=PRECISION).to(T)
             if FORM == "softmax":
-                tl.store(kept + s[:, None] * KEPT + cs[None, :], k.to(T), mask=inside)
-                tl.store(kept + s[:, None] * KEPT + (C + cs)[None, :], v, mask=inside)
+                # v transposed, so that both products read shared memory along their sums: see `ray_tile`.
+                tl.store(kept + s[:, None] * C + cs[None, :], k.to(T), mask=inside)
+                tl.store(kept + S * C + cs[None, :] * S + s[:, None], v, mask=inside)
             else:
                 tl.store(kept + s[:, None] * KEPT + cs[None, :], v, mask=inside)
                 k = tl.where(inside, _codes(k, FORM, LOW, HEADS, D, BM), 0.0).to(T)
@@ -159,7 +160,10 @@ def ray_tile(c: int, form: str, experts: str, half: bool, device: torch.device) 
         usual = Tile(32, 2, 32, 4, 1)
     if not half:
         return usual
-    return pick(device, key(f"ray_transformer{experts}", form, c), usual, m=(32, 64), n=(1, 8), k=(16, 64), warps=(4, 8))
+    # With 8 warps the assembler of CUDA 12.8 (Triton 3.6) miscompiles softmax, as it does with v as it comes (docs/performance.md).
+    return pick(
+        device, key(f"ray_transformer{experts}", form, c), usual, m=(32, 64), n=(1, 8), k=(16, 64), warps=(4, 4 if form == "softmax" else 8)
+    )
 
 
 def ray_transformer(
