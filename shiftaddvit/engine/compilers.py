@@ -45,7 +45,8 @@ def compilers(program: Program, launch: Launch, workers: int) -> Iterator[Callab
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "program.pt"
         torch.save((program, launch), file)
-        command = [sys.executable, "-m", "shiftaddvit.engine.compilers", str(file), str(program.device)]
+        start = "import sys; from shiftaddvit.engine.compilers import main; main(*sys.argv[1:])"
+        command = [sys.executable, "-c", start, str(file), str(program.device)]
         processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(workers)]
         idle: SimpleQueue = SimpleQueue()
         for process in processes:
@@ -104,6 +105,3 @@ def main(file: str, device: str) -> None:
         compile_job(program, launch, Job(values["step"], tuple(values["shape"]), values["problem"], Tile(**values["tile"])))
         print("done", flush=True)
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -11,37 +11,49 @@ def norm_linear_kernel(
     x, gamma, beta, w, bias, router, residual, out, out_scale, choice, M, N, K, stride_x, eps,
     NORM: tl.constexpr, EXPERTS: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_CHOICE: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of at most BK channels: normalised and routed once, then TILES output tiles of BN channels."""
-    groups = tl.cdiv(N, BN * TILES)
+    """ROWS tiles of rows of at most BK channels, one after the other, times the weights of BN outputs, which stay in shared memory."""
+    groups = tl.cdiv(N, BN)
     group = tl.program_id(0) % groups
-    m = (tl.program_id(0) // groups) * BM + tl.arange(0, BM)
+    first = (tl.program_id(0) // groups) * ROWS
+    n = group * BN + tl.arange(0, BN)
     ks = tl.arange(0, BK)
-    inside = (m[:, None] < M) & (ks[None, :] < K)
-    wait_for_inputs(PDL)
-    a = tl.load(x + m[:, None].to(tl.int64) * stride_x + ks[None, :], mask=inside, other=0.0)
-    if NORM or EXPERTS == 2:
-        a = a.to(tl.float32)
-    if NORM:
-        a = normalised_rows(a, inside, K, eps)
-        a = a * tl.load(gamma + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
-        a = a + tl.load(beta + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
-    second = m < 0
+    # What does not come from the kernel before this one is loaded before the wait.
+    weight = load_columns(w, n, 0, N, K, BK, T)
     if EXPERTS == 2:
-        lead = tl.load(router + ks, mask=ks < K, other=0.0).to(tl.float32)
+        weight2 = load_columns(w + N * K, n, 0, N, K, BK, T)
+        route = tl.load(router + ks, mask=ks < K, other=0.0).to(tl.float32)
         for part in tl.static_range(1, 3):
-            lead += tl.load(router + part * K + ks, mask=ks < K, other=0.0).to(tl.float32)
-        second = tl.sum(a * lead[None, :], 1) > 0
-        if HAS_CHOICE:
-            tl.store(choice + m, second.to(tl.int8), mask=m < tl.where(group == 0, M, 0))
-    a = a.to(T)
-    for t in tl.range(0, TILES, num_stages=STAGES):
-        n = (group * TILES + t) * BN + tl.arange(0, BN)
-        acc = tl.dot(a, load_columns(w, n, 0, N, K, BK, T), input_precision=PRECISION)
+            route += tl.load(router + part * K + ks, mask=ks < K, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.load(gamma + ks, mask=ks < K, other=0.0).to(tl.float32)
+        shift = tl.load(beta + ks, mask=ks < K, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    m = first * BM + tl.arange(0, BM)
+    following = tl.load(x + m[:, None].to(tl.int64) * stride_x + ks[None, :], mask=(m[:, None] < M) & (ks[None, :] < K), other=0.0)
+    for r in tl.range(0, ROWS, num_stages=1):
+        m = (first + r) * BM + tl.arange(0, BM)
+        inside = (m[:, None] < M) & (ks[None, :] < K)
+        a = following
+        if ROWS > 1:
+            # The next rows are on their way while these are multiplied.
+            after = tl.where(r + 1 < ROWS, m + BM, M)
+            pointers = x + after[:, None].to(tl.int64) * stride_x + ks[None, :]
+            following = tl.load(pointers, mask=(after[:, None] < M) & (ks[None, :] < K), other=0.0)
+        if NORM or EXPERTS == 2:
+            a = a.to(tl.float32)
+        if NORM:
+            a = normalised_rows(a, inside, K, eps) * scale[None, :] + shift[None, :]
+        second = m < 0
         if EXPERTS == 2:
-            other = tl.dot(a, load_columns(w + N * K, n, 0, N, K, BK, T), input_precision=PRECISION)
-            acc = tl.where(second[:, None], other, acc)
+            second = tl.sum(a * route[None, :], 1) > 0
+            if HAS_CHOICE:
+                tl.store(choice + m, second.to(tl.int8), mask=m < tl.where(group == 0, M, 0))
+        a = a.to(T)
+        acc = tl.dot(a, weight, input_precision=PRECISION)
+        if EXPERTS == 2:
+            acc = tl.where(second[:, None], tl.dot(a, weight2, input_precision=PRECISION), acc)
         acc = complete(acc, m, n, second, bias, residual, M, N, EXPERTS, GELU, FAST, HAS_BIAS, HAS_RESIDUAL)
         store_tile(out, acc, m, n, M, N, out_scale, INT8)
 

@@ -46,20 +46,19 @@ def norm_linear(
     flags = dict(
         NORM=norm_weight is not None, EXPERTS=experts, GELU=activation == "gelu", FAST=_fast(weight), HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, HAS_CHOICE=experts == 2, INT8=out_scale is not None, PRECISION=_precision(weight), PDL=pdl, T=_ELEMENT[weight.dtype],
-        BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
+        BM=tile.m, BN=tile.n, BK=tile.k, num_warps=tile.warps,
     )  # fmt: skip
     tensors = (x, norm_weight, norm_bias, weight, bias, router, residual, out, out_scale, choice, m, n, k, x.stride(0), eps)
     if pdl:
         flags["launch_pdl"] = True
+    groups, tiles = -(-n // tile.n), -(-m // tile.m)
     if k <= tile.k:
-        wanted, rows = -(-n // tile.n), -(-m // tile.m)
-        # Enough programs to fill the device twice; beyond that each keeps its rows for several output tiles.
-        tiles = max(1, min(wanted, rows * wanted // (2 * processors(x.device))))
-        tiles = 1 << (tiles.bit_length() - 1)
-        norm_linear_kernel[(rows * -(-n // (tile.n * tiles)),)](*tensors, TILES=tiles, **flags)
+        # Enough programs to fill the device several times; beyond that each takes more rows with the weights it holds.
+        rows = max(1, groups * tiles // (8 * processors(x.device)))
+        norm_linear_kernel[(groups * -(-tiles // rows),)](*tensors, ROWS=rows, **flags)
     else:
         statistics = next_power(k) if k <= WHOLE_ROWS else 128
-        wide_norm_linear_kernel[(-(-m // tile.m) * -(-n // tile.n),)](*tensors, BS=statistics, **flags)
+        wide_norm_linear_kernel[(groups * tiles,)](*tensors, BS=statistics, STAGES=tile.stages, **flags)
     return out, choice
 
 
