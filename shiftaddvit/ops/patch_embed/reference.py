@@ -1,5 +1,7 @@
 """Patch embedding with torch's convolution."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,9 @@ def patch_embed(
     """In float32, rounded once to the dtype of the weight. `weight` is flat, in the order that the layout of x needs."""
     n, wide = weight.shape[0], torch.float64 if weight.dtype == torch.float64 else torch.float32
     if planes:
-        pictures, filters = x.to(wide), weight.to(wide).reshape(n, -1, kernel, kernel)
+        pictures, filters = x.to(wide), weight.to(wide).reshape(n, x.shape[1], -1)
+        side = math.isqrt(filters.shape[2])
+        filters = filters.unflatten(2, (side, side))[:, :, :kernel, side - kernel :]
     else:
         pictures = x.to(wide).transpose(1, 2).reshape(x.shape[0], -1, height, width)
         filters = weight.to(wide).reshape(n, kernel, kernel, -1).permute(0, 3, 1, 2)
