@@ -9,23 +9,22 @@ from shiftaddvit.errors import UserError
 
 from ..backends import Backend, choose_backend, same_device
 from . import reference
+from .reference import padded_side, unflatten_weight
+
+__all__ = ["flatten_weight", "padded_side", "patch_embed", "unflatten_weight"]
 
 
 def flatten_weight(weight: Float[Tensor, "out in kernel kernel"], planes: bool) -> Float[Tensor, "out flat"]:
     """A convolution's weight in the order that `patch_embed` reads.
 
     For pictures (`planes`) as it is, but with zero rows below and zero columns on the left that make the side a power of two (`padded_side`);
-    for tokens channels last.
+    for tokens channels last. A pixel that a window's zero column lies on is multiplied by 0, so one that is not finite spoils two windows.
+    `unflatten_weight` undoes it.
     """
     if planes:
         missing = padded_side(weight.shape[2]) - weight.shape[2]
         return F.pad(weight, (missing, 0, 0, missing)).flatten(1).contiguous()
     return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
-
-
-def padded_side(kernel: int) -> int:
-    """The side, in pixels, of a picture's window with its zeros: the power of two from `kernel` on."""
-    return 1 << (kernel - 1).bit_length()
 
 
 def patch_embed(

@@ -4,6 +4,8 @@ Pictures and tokens have a kernel each. Where outputs are too few to fill the de
 own and added, always in the same order, by a second kernel.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ..tiles import normalised_rows, wait_for_inputs
 from ..tiling import Tile, fill, key, next_power, pick, precision, processors
-from . import padded_side
+from .reference import padded_side
 
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -20,17 +22,17 @@ _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float3
 def finish(
     acc, out, bias, gamma, beta, prefix, position, valid, start, patch, n, N, eps,
     HAS_BIAS: tl.constexpr, NORM: tl.constexpr, PREFIX: tl.constexpr, HAS_POSITION: tl.constexpr, T: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Store [LayerNorm](acc + bias) + position of the tokens (start + PREFIX + patch), and the PREFIX rows of pictures that begin here.
 
     acc: (BM, BN); per row: `valid`, `patch` within its picture, and `start`, the picture's first row of `out`, in 64 bits.
     """
-    inside = valid[:, None] & (n[None, :] < N)
+    inside = valid[:, None] & (FULL | (n[None, :] < N))
     if HAS_BIAS:
         acc = acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if NORM:
-        acc = normalised_rows(acc, inside, N, eps) * tl.load(gamma + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        acc = normalised_rows(acc, FULL | (n[None, :] < N), N, eps) * tl.load(gamma + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         acc = acc + tl.load(beta + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     token = PREFIX + patch
     if HAS_POSITION:
@@ -45,16 +47,41 @@ def finish(
 
 
 @triton.jit
+def picture_step(
+    acc, step, pixels, where, w, weights, across, row, down, line, k, n, N, C, H, W,
+    KERNEL: tl.constexpr, SIDE: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr,
+    PRECISION: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """acc plus the products of the step's window rows."""
+    channel = step // SHARES * CHANNELS
+    skipped = step % SHARES * LINES
+    # Rows above the picture are large numbers without sign.
+    seen = across & ((row + skipped).to(tl.uint32, bitcast=True) < H.to(tl.uint32, bitcast=True)) & (down + skipped < KERNEL)
+    if CHANNELS > 1:
+        seen = seen & (channel + line // SIDE < C)
+    a = tl.load(pixels + (channel * H + skipped) * W + where, mask=seen, other=0).to(T)
+    a = tl.reshape(a, (BM, BK))
+    if CHANNELS > 1:
+        b = tl.load(w + step * BK + weights, mask=(step * BK + k[:, None] < C * (SIDE * SIDE)) & (n[None, :] < N), other=0.0)
+    elif FULL:
+        b = tl.load(w + step * BK + weights)
+    else:
+        b = tl.load(w + step * BK + weights, mask=n[None, :] < N, other=0.0)
+    return tl.dot(a, b.to(T), acc, input_precision=PRECISION)
+
+
+@triton.jit
 def picture_embed_kernel(
     x, w, bias, gamma, beta, prefix, position, out, N, C, H, W, OUT_H, OUT_W, eps,
     KERNEL: tl.constexpr, SIDE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr, PREFIX: tl.constexpr, HAS_POSITION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    T: tl.constexpr, ACROSS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, ACROSS: tl.constexpr, TILES_X: tl.constexpr, TILES_Y: tl.constexpr, TILES_N: tl.constexpr, STEPS: tl.constexpr,
+    UNROLLED: tl.constexpr, FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[LayerNorm](conv(x) + bias) + position of x (B, C, H, W), behind PREFIX rows that are copied.
 
     A program has BM / ACROSS rows of ACROSS neighbouring tokens of one picture, so that nothing is divided and threads side by side read
-    pixels side by side. A window is SIDE² pixels, a power of two, and begins SIDE − KERNEL columns early, where w (N, C·SIDE²) is zero: with
+    pixels side by side; a picture has TILES_X × TILES_Y of them. A window is SIDE² pixels, a power of two, and begins SIDE − KERNEL columns early, where w (N, C·SIDE²) is zero: with
     7 × 7 windows, stride 4 and padding 3 that is a multiple of four pixels. Pixels are taken in BK / SIDE window rows at a time: of one
     channel, or of several whole channels.
     """
@@ -62,24 +89,21 @@ def picture_embed_kernel(
     LINES: tl.constexpr = BK // SIDE
     CHANNELS: tl.constexpr = LINES // SIDE if LINES > SIDE else 1
     SHARES: tl.constexpr = 1 if LINES > SIDE else SIDE // LINES
-    tiles_n = tl.cdiv(N, BN)
-    tiles_x = tl.cdiv(OUT_W, ACROSS)
-    tiles_y = tl.cdiv(OUT_H, TALL)
-    tile = tl.program_id(0) // tiles_n
-    n = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
-    picture = (tile // (tiles_x * tiles_y)).to(tl.int64)
-    first_y = (tile // tiles_x) % tiles_y * TALL
-    first_x = tile % tiles_x * ACROSS
+    tile = tl.program_id(0) // TILES_N
+    n = (tl.program_id(0) % TILES_N) * BN + tl.arange(0, BN)
+    picture = (tile // (TILES_X * TILES_Y)).to(tl.int64)
+    first_y = (tile // TILES_X) % TILES_Y * TALL
+    first_x = tile % TILES_X * ACROSS
     t = tl.arange(0, BM)
     out_x = first_x + t % ACROSS
     out_y = first_y + t // ACROSS
     valid = (out_x < OUT_W) & (out_y < OUT_H)
 
-    # A tile of pixels is (window row, token, window column).
-    line = tl.arange(0, LINES)[:, None, None]
-    column = (out_x * STRIDE - (PADDING + SIDE - KERNEL))[None, :, None] + tl.arange(0, SIDE)[None, None, :]
-    top = (out_y * STRIDE - PADDING)[None, :, None]
-    across = valid[None, :, None] & (column >= 0) & (column < W)
+    # A tile of pixels is (token, window row, window column); columns, then tokens are what neighbouring threads differ in.
+    line = tl.arange(0, LINES)[None, :, None]
+    column = (out_x * STRIDE - (PADDING + SIDE - KERNEL))[:, None, None] + tl.arange(0, SIDE)[None, None, :]
+    top = (out_y * STRIDE - PADDING)[:, None, None]
+    across = valid[:, None, None] & (column >= 0) & (column < W)
     down = line % SIDE
     where = (line // SIDE) * (H * W) + (top + down) * W + column
     k = tl.arange(0, BK)
@@ -87,21 +111,22 @@ def picture_embed_kernel(
     pixels = x + picture * H * W * C
     acc = tl.zeros((BM, BN), tl.float32)
     wait_for_inputs(PDL)
-    for step in tl.range(0, tl.cdiv(C, CHANNELS) * SHARES, num_stages=STAGES):
-        channel = step // SHARES * CHANNELS
-        skipped = step % SHARES * LINES
-        row = top + down + skipped
-        seen = across & (row >= 0) & (row < H) & (down + skipped < KERNEL)
-        if CHANNELS > 1:
-            seen = seen & (channel + line // SIDE < C)
-        a = tl.load(pixels + (channel * H + skipped) * W + where, mask=seen, other=0).to(T)
-        a = tl.reshape(tl.permute(a, (1, 0, 2)), (BM, BK))
-        b = tl.load(w + step * BK + weights, mask=(step * BK + k[:, None] < C * (SIDE * SIDE)) & (n[None, :] < N), other=0.0)
-        acc = tl.dot(a, b.to(T), acc, input_precision=PRECISION)
+    if UNROLLED:
+        for step in tl.static_range(STEPS):
+            acc = picture_step(
+                acc, step, pixels, where, w, weights, across, top + down, down, line, k, n, N, C, H, W, KERNEL, SIDE, LINES, CHANNELS, SHARES,
+                FULL, PRECISION, T, BM, BK,
+            )  # fmt: skip
+    else:
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            acc = picture_step(
+                acc, step, pixels, where, w, weights, across, top + down, down, line, k, n, N, C, H, W, KERNEL, SIDE, LINES, CHANNELS, SHARES,
+                FULL, PRECISION, T, BM, BK,
+            )  # fmt: skip
     start = picture * (PREFIX + OUT_H * OUT_W) + tl.zeros((BM,), tl.int64)
     finish(
         acc, out, bias, gamma, beta, prefix, position, valid, start, out_y * OUT_W + out_x, n, N, eps, HAS_BIAS, NORM, PREFIX,
-        HAS_POSITION, T, BM, BN,
+        HAS_POSITION, T, FULL, BM, BN,
     )  # fmt: skip
 
 
@@ -109,12 +134,12 @@ def picture_embed_kernel(
 def patch_embed_kernel(
     x, w, bias, gamma, beta, prefix, position, out, M, N, C, H, W, OUT_H, OUT_W, steps, eps,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, PREFIX: tl.constexpr,
-    HAS_POSITION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_POSITION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
+    FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens m = (picture, row, column) of [LayerNorm](conv(x) + bias) + position for x (B, H·W, C), behind PREFIX rows that are copied.
 
-    A window's row is KERNEL·C values side by side, of x as of w (N, KERNEL²·C), and is cut into steps of BK values. With PARTS > 1 a program
+    A window's row is KERNEL·C values side by side, of x as of w (N, KERNEL²·C), and is cut into CHUNKS steps of BK values. With PARTS > 1 a program
     takes `steps` of them and its sums go as they are to out (PARTS, M, N), float32.
     """
     tiles_n = tl.cdiv(N, BN)
@@ -136,16 +161,15 @@ def patch_embed_kernel(
     k = tl.arange(0, BK)
     where = (((picture - first) * H + top) * W + left)[:, None] * C + k[None, :]
     weights = n[None, :] * (KERNEL * run) + k[:, None]
-    chunks = tl.cdiv(run, BK)
-    begin, end = 0, KERNEL * chunks
+    begin, end = 0, KERNEL * CHUNKS
     if PARTS > 1:
         begin = tl.program_id(1) * steps
         end = tl.minimum(begin + steps, end)
     acc = tl.zeros((BM, BN), tl.float32)
     wait_for_inputs(PDL)
     for step in tl.range(begin, end, num_stages=STAGES):
-        down = step // chunks
-        skipped = step % chunks * BK
+        down = step // CHUNKS
+        skipped = step % CHUNKS * BK
         row = top + down
         here = skipped + k
         seen = (here[None, :] >= low[:, None]) & (here[None, :] < high[:, None]) & ((m < M) & (row >= 0) & (row < H))[:, None]
@@ -158,7 +182,7 @@ def patch_embed_kernel(
     else:
         finish(
             acc, out, bias, gamma, beta, prefix, position, m < M, picture.to(tl.int64) * (PREFIX + patches), patch, n, N, eps, HAS_BIAS, NORM,
-            PREFIX, HAS_POSITION, T, BM, BN,
+            PREFIX, HAS_POSITION, T, FULL, BM, BN,
         )  # fmt: skip
 
 
@@ -166,7 +190,7 @@ def patch_embed_kernel(
 def patch_sum_kernel(
     parts, bias, gamma, beta, prefix, position, out, M, N, patches, eps,
     HAS_BIAS: tl.constexpr, NORM: tl.constexpr, PREFIX: tl.constexpr, HAS_POSITION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr,
-    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTS: tl.constexpr, FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """[LayerNorm](sum of parts (PARTS, M, N) + bias) + position, behind PREFIX rows that are copied."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -178,7 +202,7 @@ def patch_sum_kernel(
         acc += tl.load(parts + part * M * N + m[:, None] * N + n[None, :], mask=inside, other=0.0)
     finish(
         acc, out, bias, gamma, beta, prefix, position, m < M, (m // patches).to(tl.int64) * (PREFIX + patches), m % patches, n, N, eps, HAS_BIAS,
-        NORM, PREFIX, HAS_POSITION, T, BM, BN,
+        NORM, PREFIX, HAS_POSITION, T, FULL, BM, BN,
     )  # fmt: skip
 
 
@@ -191,22 +215,27 @@ def picture_tile(m: int, n: int, k: int, side: int, norm: bool, dtype: torch.dty
     if norm:
         # LayerNorm needs every output of a token in one tile.
         rows = next((rows for rows in (128, 64, 32) if rows * widest <= 8192 and m >= rows * (264 if rows == 128 else 90)), 16)
-        return pick(device, problem, Tile(rows, widest, least if widest > 512 and single else step, 8 if widest >= 256 else 4, 1), **bounds)
+        step = least if widest > 512 and single else step
+        warps = 8 if widest >= 256 or rows == 128 else 4
+        return pick(device, problem, Tile(rows, widest, step, warps, 1 if k <= 4 * step else 2 if single else 3), **bounds)
     tile = fill(Tile(64, min(128, widest), step), m, n, device)
-    return pick(device, problem, Tile(tile.m, tile.n, step, tile.warps, 1), n=(32, min(256, widest)), **bounds)
+    return pick(device, problem, Tile(tile.m, tile.n, step, tile.warps, 1 if k <= 4 * step else 2 if single else 3), n=(32, min(256, widest)), **bounds)
 
 
 def tokens_tile(m: int, n: int, k: int, run: int, norm: bool, dtype: torch.dtype, device: torch.device) -> Tile:
     """For tokens, windows with rows of `run` values."""
     problem, widest, single = key(f"patch_embed{'n' if norm else ''}{precision(dtype)}", m, n, k), next_power(n), dtype == torch.float32
-    step = run_step(run, 32 if single else 64)
-    bounds = {"m": (16, 128), "k": (16, max(step, 64 if single else 256)), "warps": (4, 8), "stages": (1, 5)}
+    narrow = widest <= 64 and not single
+    step = run_step(run, 32 if single else 128 if narrow else 64)
+    bounds = {"m": (16, 128), "k": (16, 64 if single else 256), "warps": (4, 8), "stages": (1, 5)}
     if norm:
         # LayerNorm needs every output of a token in one tile.
         most = 32 if single else 128 if widest <= 256 else 64
-        rows = next((rows for rows in (128, 64, 32) if rows <= most and m >= rows * (90 if rows > 32 else 132)), 16)
+        programs = {128: 264, 64: 132} if narrow else {128: 90, 64: 90}
+        rows = next((rows for rows in (128, 64, 32) if rows <= most and m >= rows * programs.get(rows, 132)), 16)
         step = 16 if widest > 512 and single else step
-        return pick(device, problem, Tile(rows, widest, step, 8 if rows * widest >= 128 * 64 or widest >= 256 else 4, 2 if single else 3), **bounds)
+        stages = 2 if single or (rows == 128 and step == 128) else 4 if narrow and k >= 1024 else 3
+        return pick(device, problem, Tile(rows, widest, step, 8 if rows * widest >= 128 * 64 or widest >= 256 else 4, stages), **bounds)
     tile = fill(Tile(64, min(128, widest), step), m, n, device)
     return pick(device, problem, Tile(tile.m, tile.n, step, tile.warps, 2 if single else 3), n=(32, min(256, widest)), **bounds)
 
@@ -220,8 +249,8 @@ def part_tile(m: int, n: int, k: int, run: int, dtype: torch.dtype, device: torc
 
 
 def run_step(run: int, most: int) -> int:
-    """How many of `run` values to take at a time: the largest power of two up to `most` that pads them by less than a fifth."""
-    return next((step for step in (most, most // 2) if -(-run // step) * step < 1.2 * run), min(most, next_power(run)) if run < most else 16)
+    """How many of `run` values to take at a time, up to `most`: few steps, little padding. A step costs about as much as 32 values."""
+    return min((step for step in (128, 64, 32, 16) if step <= most), key=lambda step: -(-run // step) * (step + 32))
 
 
 def parts_for(m: int, n: int, kernel: int, run: int, device: torch.device) -> int:
@@ -259,11 +288,15 @@ def patch_embed(
     if planes:
         side = padded_side(kernel)
         tile = picture_tile(m, n, weight.shape[1], side, norm, weight.dtype, device)
+        lines = tile.k // side
+        steps = -(-channels // (lines // side)) if lines > side else channels * (side // lines)
         across = columns_across(tile.m, out_h, out_w)
-        tiles = batch * -(-out_h // (tile.m // across)) * -(-out_w // across)
-        picture_embed_kernel[(tiles * -(-n // tile.n),)](
-            x, weight, *vectors, out, *sizes, eps, **window, **end, SIDE=side, ACROSS=across, BM=tile.m, BN=tile.n, BK=tile.k,
-            STAGES=tile.stages, num_warps=tile.warps, **flags,
+        tiles = {"TILES_X": -(-out_w // across), "TILES_Y": -(-out_h // (tile.m // across)), "TILES_N": -(-n // tile.n)}
+        # Few steps without a pipeline are written out, so that one step's loads run under another's products.
+        loop = {"STEPS": steps, "UNROLLED": steps <= 4 and tile.stages == 1, "STAGES": tile.stages}
+        picture_embed_kernel[(batch * math.prod(tiles.values()),)](
+            x, weight, *vectors, out, *sizes, eps, **window, **end, **tiles, **loop, SIDE=side, ACROSS=across, FULL=n % tile.n == 0, BM=tile.m,
+            BN=tile.n, BK=tile.k, num_warps=tile.warps, **flags,
         )  # fmt: skip
         return out
     run = kernel * channels
@@ -272,18 +305,19 @@ def patch_embed(
         tile = part_tile(m, n, weight.shape[1], run, weight.dtype, device)
     else:
         tile = tokens_tile(m, n, weight.shape[1], run, norm, weight.dtype, device)
-    steps = kernel * -(-run // tile.k)
+    chunks = -(-run // tile.k)
+    steps = kernel * chunks
     each = -(-steps // parts)
     parts = -(-steps // each)
     sums = torch.empty(parts, m, n, dtype=torch.float32, device=device) if parts > 1 else out
     patch_embed_kernel[(-(-m // tile.m) * -(-n // tile.n), parts)](
-        x, weight, *vectors, sums, m, *sizes, each, eps, **window, **end, PARTS=parts, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages,
-        num_warps=tile.warps, **flags,
+        x, weight, *vectors, sums, m, *sizes, each, eps, **window, **end, PARTS=parts, CHUNKS=chunks, FULL=n % tile.n == 0, BM=tile.m, BN=tile.n, BK=tile.k,
+        STAGES=tile.stages, num_warps=tile.warps, **flags,
     )  # fmt: skip
     if parts > 1:
         widest = next_power(n)
         rows = max(1, min(4, 1024 // widest))
         patch_sum_kernel[(-(-m // rows),)](
-            sums, *vectors, out, m, n, out_h * out_w, eps, **end, PARTS=parts, BM=rows, BN=widest, num_warps=4, **flags
-        )
+            sums, *vectors, out, m, n, out_h * out_w, eps, **end, PARTS=parts, CHUNKS=chunks, FULL=n == widest, BM=rows, BN=widest, num_warps=4, **flags,
+        )  # fmt: skip
     return out
