@@ -81,9 +81,9 @@ def picture_embed_kernel(
     """[LayerNorm](conv(x) + bias) + position of x (B, C, H, W), behind PREFIX rows that are copied.
 
     A program has BM / ACROSS rows of ACROSS neighbouring tokens of one picture, so that nothing is divided and threads side by side read
-    pixels side by side; a picture has TILES_X × TILES_Y of them. A window is SIDE² pixels, a power of two, and begins SIDE − KERNEL columns early, where w (N, C·SIDE²) is zero: with
-    7 × 7 windows, stride 4 and padding 3 that is a multiple of four pixels. Pixels are taken in BK / SIDE window rows at a time: of one
-    channel, or of several whole channels.
+    pixels side by side; a picture has TILES_X × TILES_Y programs. A window is SIDE² pixels, a power of two, and begins SIDE − KERNEL columns early,
+    where w (N, C·SIDE²) is zero: with 7 × 7 windows, stride 4 and padding 3 at a multiple of four pixels. A step takes BK / SIDE window rows,
+    of one channel or of several whole ones.
     """
     TALL: tl.constexpr = BM // ACROSS
     LINES: tl.constexpr = BK // SIDE
@@ -219,7 +219,8 @@ def picture_tile(m: int, n: int, k: int, side: int, norm: bool, dtype: torch.dty
         warps = 8 if widest >= 256 or rows == 128 else 4
         return pick(device, problem, Tile(rows, widest, step, warps, 1 if k <= 4 * step else 2 if single else 3), **bounds)
     tile = fill(Tile(64, min(128, widest), step), m, n, device)
-    return pick(device, problem, Tile(tile.m, tile.n, step, tile.warps, 1 if k <= 4 * step else 2 if single else 3), n=(32, min(256, widest)), **bounds)
+    stages = 1 if k <= 4 * step else 2 if single else 3
+    return pick(device, problem, Tile(tile.m, tile.n, step, tile.warps, stages), n=(32, min(256, widest)), **bounds)
 
 
 def tokens_tile(m: int, n: int, k: int, run: int, norm: bool, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -318,6 +319,6 @@ def patch_embed(
         widest = next_power(n)
         rows = max(1, min(4, 1024 // widest))
         patch_sum_kernel[(-(-m // rows),)](
-            sums, *vectors, out, m, n, out_h * out_w, eps, **end, PARTS=parts, CHUNKS=chunks, FULL=n == widest, BM=rows, BN=widest, num_warps=4, **flags,
+            sums, *vectors, out, m, n, out_h * out_w, eps, **end, PARTS=parts, FULL=n == widest, BM=rows, BN=widest, num_warps=4, **flags,
         )  # fmt: skip
     return out
