@@ -43,7 +43,7 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
     """Registers, spills, shared memory and matrix instructions of one launch."""
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
     named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
-    unknown = kwargs.keys() - {*kernel.arg_names, "num_warps", "num_stages", "launch_pdl"}
+    unknown = kwargs.keys() - {*kernel.arg_names, "num_warps", "num_stages", "launch_pdl", "grid", "warmup"}
     if unknown:
         raise TypeError(f"{kernel.__name__} has no {', '.join(sorted(unknown))}")
     signature, constants, attrs = {}, {}, {}

@@ -56,7 +56,7 @@ def picture_step(
     channel = step // SHARES * CHANNELS
     skipped = step % SHARES * LINES
     # Rows above the picture are large numbers without sign.
-    seen = across & ((row + skipped).to(tl.uint32, bitcast=True) < H.to(tl.uint32, bitcast=True)) & (down + skipped < KERNEL)
+    seen = across & ((row + skipped).to(tl.uint32, bitcast=True) < tl.cast(H, tl.uint32)) & (down + skipped < KERNEL)
     if CHANNELS > 1:
         seen = seen & (channel + line // SIDE < C)
     a = tl.load(pixels + (channel * H + skipped) * W + where, mask=seen, other=0).to(T)
@@ -312,8 +312,8 @@ def patch_embed(
     parts = -(-steps // each)
     sums = torch.empty(parts, m, n, dtype=torch.float32, device=device) if parts > 1 else out
     patch_embed_kernel[(-(-m // tile.m) * -(-n // tile.n), parts)](
-        x, weight, *vectors, sums, m, *sizes, each, eps, **window, **end, PARTS=parts, CHUNKS=chunks, FULL=n % tile.n == 0, BM=tile.m, BN=tile.n, BK=tile.k,
-        STAGES=tile.stages, num_warps=tile.warps, **flags,
+        x, weight, *vectors, sums, m, *sizes, each, eps, **window, **end, PARTS=parts, CHUNKS=chunks, FULL=n % tile.n == 0, BM=tile.m,
+        BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **flags,
     )  # fmt: skip
     if parts > 1:
         widest = next_power(n)
