@@ -44,6 +44,9 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
     """Registers, spills, shared memory and matrix instructions of one launch, and the assembler's mistakes."""
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
     named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    unknown = kwargs.keys() - {*kernel.arg_names, "num_warps", "num_stages", "launch_pdl", "grid", "warmup"}
+    if unknown:
+        raise TypeError(f"{kernel.__name__} has no {', '.join(sorted(unknown))}")
     signature, constants, attrs = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = named[name]
@@ -169,16 +172,22 @@ def linear_attention():
 
 
 def patch_embed():
+    from shiftaddvit.ops.patch_embed import padded_side
     from shiftaddvit.ops.patch_embed import triton as kernels
 
     half, single = torch.float16, torch.float32
-    for batch in (1, 256):
-        for c, side, n, kernel, stride, padding in ((3, 224, 32, 7, 4, 3), (32, 56, 64, 3, 2, 1), (160, 14, 256, 3, 2, 1), (3, 224, 192, 16, 16, 0)):
+    # PVTv2-B0's embeddings, its reductions of keys and values, DeiT-T's embedding.
+    shapes = (
+        (3, 224, 32, 7, 4, 3), (32, 56, 64, 3, 2, 1), (64, 28, 160, 3, 2, 1), (160, 14, 256, 3, 2, 1), (32, 56, 32, 8, 8, 0), (64, 28, 64, 4, 4, 0),
+        (160, 14, 160, 2, 2, 0), (3, 224, 192, 16, 16, 0),
+    )  # fmt: skip
+    for batch in (1, 32, 256):
+        for c, side, n, kernel, stride, padding in shapes:
             planes, norm = c == 3, kernel < 16
             x = meta(batch, c, side, side, dtype=half) if planes else meta(batch, side * side, c, dtype=half)
             yield f"patch_embed {batch}x{c}x{side} k{kernel}", lambda x=x, n=n, c=c, k=kernel, s=stride, p=padding, z=side, q=planes, g=norm: (
                 kernels.patch_embed(
-                    x, meta(n, c * k * k, dtype=half), meta(n, dtype=single), meta(n, dtype=single) if g else None,
+                    x, meta(n, c * (padded_side(k) if q else k) ** 2, dtype=half), meta(n, dtype=single), meta(n, dtype=single) if g else None,
                     meta(n, dtype=single) if g else None, 1e-6, None, None, z, z, k, s, p, q,
                 )
             )  # fmt: skip
@@ -244,7 +253,7 @@ def float32():
         yield f"query_context fp32 r{r} d{d}", lambda w=words, r=r, d=d: matadd.query_context(w, m(3, 5, r, d), 0.0, 1.0)
     yield "dual fp32 50176x320x1280", lambda: moe.dual(m(50176, 320), meta(50176, dtype=torch.int64), None, m(2, 1280, 320), m(2, 1280))
     yield "patch_embed fp32 3x224 k14 1024", lambda: patch.patch_embed(
-        m(1, 3, 224, 224), m(1024, 588), m(1024), m(1024), m(1024), 1e-6, None, None, 224, 224, 14, 14, 0, True
+        m(1, 3, 224, 224), m(1024, 768), m(1024), m(1024), m(1024), 1e-6, None, None, 224, 224, 14, 14, 0, True
     )
 
 
@@ -337,7 +346,8 @@ REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
     "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "encode x2 256x196x320", "encode x2 256x784x64", "mix x2 256x196x160", "mix x2 1x784x64",
     "mix x2 1x196x160", "mix x1 1x196x320", "mix x1 1x197x192", "dual 50176x320x1280",
-    "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "softmax_attention 197x192",
+    "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",
+    "patch_embed 1x160x14 k3", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",
     "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",
     "ray_transformer token x22 bfloat16", "ray_transformer softmax x11 bfloat16", "ray_scores token bfloat16",
@@ -348,7 +358,9 @@ REPRESENTATIVE = (
 def main(names: list[str]) -> None:
     from shiftaddvit.ops import tiling
 
-    tiling.processors = lambda device: 132
+    from shiftaddvit.ops.patch_embed import triton as patch
+
+    tiling.processors = patch.processors = lambda device: 132
     representative = names == ["--representative"]
     for op in OPS if representative or not names else names:
         for label, launch in OPS[op]():

@@ -216,7 +216,7 @@ def test_matadd(batch, heads, tokens, r, d, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("channels", "side", "outputs", "kernel", "stride", "padding"), [(3, 224, 32, 7, 4, 3), (32, 56, 64, 3, 2, 1), (160, 14, 256, 3, 2, 1), (3, 224, 192, 16, 16, 0)])
+@pytest.mark.parametrize(("channels", "side", "outputs", "kernel", "stride", "padding"), [(3, 224, 32, 7, 4, 3), (32, 56, 64, 3, 2, 1), (160, 14, 256, 3, 2, 1), (32, 56, 32, 8, 8, 0), (160, 14, 160, 2, 2, 0), (3, 98, 40, 14, 14, 0), (3, 224, 192, 16, 16, 0)])
 def test_patch_embed(channels, side, outputs, kernel, stride, padding, dtype):
     weight, bias, norm = normal(outputs, channels, kernel, kernel, dtype=dtype, scale=0.05), normal(outputs), (normal(outputs), normal(outputs))
     planes = channels == 3

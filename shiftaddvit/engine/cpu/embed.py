@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from shiftaddvit.ops.patch_embed import unflatten_weight
+
 from ..embed import EmbedStep
 from .linear import normalised
 from .onednn import convolve_tokens, onednn, packed
@@ -31,11 +33,7 @@ class Embed:
 
     @classmethod
     def of(cls, step: EmbedStep, int8: bool) -> "Embed":
-        outputs, k = step.weight.shape[0], step.kernel
-        if step.size is None:
-            weight = step.weight.reshape(outputs, -1, k, k)
-        else:
-            weight = step.weight.reshape(outputs, k, k, -1).permute(0, 3, 1, 2).contiguous()
+        k, weight = step.kernel, unflatten_weight(step.weight, step.kernel, step.size is None).contiguous()
         size = step.size or tuple((side - 1) * step.stride + k - 2 * step.padding for side in step.grid)
         vectors = (t.to(weight.dtype) if t is not None else None for t in (step.bias, step.prefix, step.position))
         if onednn().convolutions:

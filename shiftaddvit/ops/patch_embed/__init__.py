@@ -1,6 +1,7 @@
 """Patch embedding: convolution, LayerNorm, class tokens and positions in one kernel, from a picture or from tokens. For inference."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -8,11 +9,22 @@ from shiftaddvit.errors import UserError
 
 from ..backends import Backend, choose_backend, same_device
 from . import reference
+from .reference import padded_side, unflatten_weight
+
+__all__ = ["flatten_weight", "padded_side", "patch_embed", "unflatten_weight"]
 
 
 def flatten_weight(weight: Float[Tensor, "out in kernel kernel"], planes: bool) -> Float[Tensor, "out flat"]:
-    """A convolution's weight in the order that `patch_embed` reads: for pictures (`planes`) as it is, for tokens channels last."""
-    return (weight if planes else weight.permute(0, 2, 3, 1)).reshape(weight.shape[0], -1).contiguous()
+    """A convolution's weight in the order that `patch_embed` reads.
+
+    For pictures (`planes`) as it is, but with zero rows below and zero columns on the left that make the side a power of two (`padded_side`);
+    for tokens channels last. A pixel that a window's zero column lies on is multiplied by 0, so one that is not finite spoils two windows.
+    `unflatten_weight` undoes it.
+    """
+    if planes:
+        missing = padded_side(weight.shape[2]) - weight.shape[2]
+        return F.pad(weight, (missing, 0, 0, missing)).flatten(1).contiguous()
+    return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 def patch_embed(
@@ -46,8 +58,9 @@ def patch_embed(
         if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[2] != weight.shape[3]:
             raise UserError(f"weight must be (out, {channels}, k, k), got {tuple(weight.shape)}")
         kernel, weight = weight.shape[2], flatten_weight(weight, planes)
-    if weight.dim() != 2 or weight.shape[1] != channels * kernel**2:
-        raise UserError(f"flat weight must be (out, {channels * kernel**2}) for kernel={kernel}, got {tuple(weight.shape)}")
+    flat = channels * (padded_side(kernel) if planes else kernel) ** 2
+    if weight.dim() != 2 or weight.shape[1] != flat:
+        raise UserError(f"flat weight must be (out, {flat}) for kernel={kernel}, as flatten_weight makes it, got {tuple(weight.shape)}")
     outputs = weight.shape[0]
     rows, columns = (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
     if rows < 1 or columns < 1:
