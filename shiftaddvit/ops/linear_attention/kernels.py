@@ -7,7 +7,7 @@ from ..tiles import complete, load_columns, normalised_rows, row_statistics, sto
 
 
 @triton.jit
-def _binary(x, threshold, which, inside, RULE: tl.constexpr, LOW: tl.constexpr, D: tl.constexpr):
+def binary_codes(x, threshold, which, inside, RULE: tl.constexpr, LOW: tl.constexpr, D: tl.constexpr):
     """1[x/‖x‖ > threshold] as {LOW, 1}, and 0 outside. The token's own mean and zero do not depend on the length, which is left out."""
     if RULE == "token":
         level = tl.sum(x, 1) / D
@@ -19,8 +19,16 @@ def _binary(x, threshold, which, inside, RULE: tl.constexpr, LOW: tl.constexpr, 
 
 
 @triton.jit
-def _unit(x):
+def unit_rows(x):
     return x * tl.rsqrt(tl.sum(x * x, 1) + 1e-12)[:, None]
+
+
+@triton.jit
+def packed(codes, BM: tl.constexpr, D: tl.constexpr):
+    """(BM, ⌈D/32⌉) words of (BM, D) codes: bit i mod 32 of word i // 32 is set where code i is positive."""
+    WORDS: tl.constexpr = (D + 31) // 32
+    bit = (codes > 0).to(tl.int32) << (tl.arange(0, D) % 32)[None, :]
+    return tl.sum(tl.reshape(bit, (BM, WORDS, D // WORDS)), 2).to(tl.int32)
 
 
 @triton.jit
@@ -52,7 +60,7 @@ def _product(
 
 @triton.jit
 def encode_kernel(
-    x, gamma, beta, w, bias, router, threshold, queries, v_out, context, v_sum, k_sum, choice, N, C, C3, stride_x, eps, parts, heads,
+    x, gamma, beta, w, bias, router, threshold, queries, v_out, context, v_sum, k_sum, choice, N, C, C3, stride_x, stride_v, eps, parts, heads,
     NORM: tl.constexpr, EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, RULE: tl.constexpr,
     CODES: tl.constexpr, V_SUM: tl.constexpr, K_SUM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     WHOLE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -143,17 +151,16 @@ def encode_kernel(
         if SHARED:
             k = q
         v = tl.where(inside[:, None], v, 0.0).to(T)
-        tl.store(v_out + token[:, None] * C + (head * D + i)[None, :], v, mask=inside[:, None])
+        tl.store(v_out + token[:, None] * stride_v + (head * D + i)[None, :], v, mask=inside[:, None])
         place = (picture.to(tl.int64) * heads + head) * N + m
         if CODES == "float":
-            tl.store(queries + place[:, None] * D + i[None, :], _unit(q).to(T), mask=inside[:, None])
-            k = tl.where(inside[:, None], _unit(k), 0.0)
+            tl.store(queries + place[:, None] * D + i[None, :], unit_rows(q).to(T), mask=inside[:, None])
+            k = tl.where(inside[:, None], unit_rows(k), 0.0)
         else:
-            q = _binary(q, threshold, head, inside, RULE, LOW, D)
-            k = _binary(k, threshold, heads + head, inside, RULE, LOW, D)
+            q = binary_codes(q, threshold, head, inside, RULE, LOW, D)
+            k = binary_codes(k, threshold, heads + head, inside, RULE, LOW, D)
             WORDS: tl.constexpr = (D + 31) // 32
-            bit = (q > 0).to(tl.int32) << (i % 32)[None, :]
-            word = tl.sum(tl.reshape(bit, (BM, WORDS, D // WORDS)), 2).to(tl.int32)
+            word = packed(q, BM, D)
             tl.store(queries + place[:, None] * WORDS + tl.arange(0, WORDS)[None, :], word, mask=inside[:, None])
         total = tl.dot(tl.trans(k.to(T)), v, total, input_precision=PRECISION)
         if V_SUM:
@@ -169,19 +176,19 @@ def encode_kernel(
 
 
 @triton.jit
-def _sum_parts(context, first, parts, heads, D: tl.constexpr, AT_ONCE: tl.constexpr):
+def sum_parts(context, first, parts, heads, D: tl.constexpr, AT_ONCE: tl.constexpr):
     """Σ over the parts of one head's (D, D) context, in a fixed order, several loads in flight."""
     i = tl.arange(0, D)
+    here = context + i[:, None] * D + i[None, :]
     total = tl.zeros((D, D), tl.float32)
     for p in tl.range(0, parts, AT_ONCE, num_stages=1):
-        ps = p + tl.arange(0, AT_ONCE)
-        where = (first + ps * heads)[:, None, None] * (D * D) + i[None, :, None] * D + i[None, None, :]
-        total += tl.sum(tl.load(context + where, mask=ps[:, None, None] < parts, other=0.0), 0)
+        for q in tl.static_range(AT_ONCE):
+            total += tl.load(here + (first + (p + q) * heads) * (D * D), mask=i[:, None] < (parts - p - q) * D, other=0.0)
     return total
 
 
 @triton.jit
-def _sum_rows(sums, first, parts, heads, D: tl.constexpr):
+def sum_rows(sums, first, parts, heads, D: tl.constexpr):
     """The same for one vector a head."""
     i = tl.arange(0, D)
     total = tl.zeros((D,), tl.float32)
@@ -192,7 +199,7 @@ def _sum_rows(sums, first, parts, heads, D: tl.constexpr):
 
 @triton.jit
 def mix_kernel(
-    queries, v, context, v_sum, k_sum, conv, w, bias, router, residual, out, choice, N, C, parts, heads, context_scale, local_sum,
+    queries, v, context, v_sum, k_sum, conv, w, bias, router, residual, out, choice, N, C, stride_v, parts, heads, context_scale, local_sum,
     prefix,
     EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CODES: tl.constexpr, LOCAL: tl.constexpr,
     OUTPUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr,
@@ -212,12 +219,12 @@ def mix_kernel(
     if EXPERTS == 2:
         other = tl.zeros((BM, BN), tl.float32)
         lead = tl.zeros((BM,), tl.float32)
-    tokens = v + picture.to(tl.int64) * N * C
+    tokens = v + picture.to(tl.int64) * N * stride_v
     wait_for_inputs(PDL)
     for head in tl.range(0, heads, num_stages=1):
         first = picture * parts * heads + head
         # Divided by the number of tokens, the context stays in the range of half precision; two parts keep its precision.
-        sums = _sum_parts(context, first, parts, heads, D, AT_ONCE) / N
+        sums = sum_parts(context, first, parts, heads, D, AT_ONCE) / N
         place = (picture.to(tl.int64) * heads + head) * N + m
         if CODES == "float":
             q = tl.load(queries + place[:, None] * D + i[None, :], mask=inside[:, None], other=0.0)
@@ -233,17 +240,17 @@ def mix_kernel(
         if T != tl.float32:
             o = tl.dot(q, (sums - high.to(tl.float32)).to(T), o)
         o = o * context_scale
-        here = tokens + m[:, None] * C + (head * D + i)[None, :]
+        here = tokens + m[:, None] * stride_v + (head * D + i)[None, :]
         own = tl.load(here, mask=inside[:, None], other=0.0).to(tl.float32)
         if LOCAL == "own":
             o = o + 0.5 * own
         elif LOCAL == "mean":
-            o = o + (0.5 / N) * _sum_rows(v_sum, first, parts, heads, D)[None, :]
+            o = o + (0.5 / N) * sum_rows(v_sum, first, parts, heads, D)[None, :]
         if OUTPUT == "l2":
-            o = _unit(o)
+            o = unit_rows(o)
         elif OUTPUT == "similarity":
             # ½ + q·k/π summed over all keys, in the units of o.
-            keys = _sum_rows(k_sum, first, parts, heads, D) / N
+            keys = sum_rows(k_sum, first, parts, heads, D) / N
             o = o / (local_sum + tl.sum(q.to(tl.float32) * keys[None, :], 1) * context_scale)[:, None]
         for tap in tl.static_range(WINDOW):
             factor = tl.load(conv + head * WINDOW + tap).to(tl.float32)
@@ -253,7 +260,7 @@ def mix_kernel(
                 j = m + (tap - WINDOW // 2)
                 # A prefix token has no neighbours in the raster, and is nobody's.
                 near = inside & (m >= prefix) & (j >= prefix) & (j < N)
-                o = o + factor * tl.load(here + (tap - WINDOW // 2) * C, mask=near[:, None], other=0.0).to(tl.float32)
+                o = o + factor * tl.load(here + (tap - WINDOW // 2) * stride_v, mask=near[:, None], other=0.0).to(tl.float32)
         if EXPERTS == 2:
             r = tl.load(router + C + head * D + i).to(tl.float32) - tl.load(router + head * D + i).to(tl.float32)
             lead += tl.sum(o * r[None, :], 1)
