@@ -1,4 +1,4 @@
-"""The two-kernel attention block equals LayerNorm, AngularAttention and the residual, and never looks at batch-mates."""
+"""The attention block equals LayerNorm, AngularAttention and the residual in either form of its kernels, and never looks at batch-mates."""
 
 import itertools
 
@@ -11,7 +11,19 @@ from shiftaddvit.layers.attention import AngularAttention, AngularConfig, Binary
 from shiftaddvit.ops.bits import pack_bits, unpack_bits
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton fused", "triton split")
+KERNELS = BACKENDS[1:]
+
+
+@pytest.fixture
+def backend(request, monkeypatch) -> str:
+    """The backend's name, with the form of its kernels settled."""
+    name, _, form = request.param.partition(" ")
+    if form:
+        from shiftaddvit.ops.linear_attention import triton as kernels
+
+        monkeypatch.setattr(kernels, "form_for", lambda *_: form)
+    return name
 
 
 def layer(width, heads, binary, config, prefix, seed=0):
@@ -54,7 +66,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("batch", "tokens", "width", "heads", "binary", "config", "prefix"), CASES)
 @torch.no_grad()
 def test_fused_block_equals_the_layers(batch, tokens, width, heads, binary, config, prefix, backend):
@@ -65,7 +77,7 @@ def test_fused_block_equals_the_layers(batch, tokens, width, heads, binary, conf
     assert error(y, x + attention(norm(x))) < 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @torch.no_grad()
 def test_two_experts_route_every_token_in_both_kernels(backend):
     torch.manual_seed(0)
@@ -91,15 +103,16 @@ def test_two_experts_route_every_token_in_both_kernels(backend):
     assert error(y, torch.where(routed.bool()[..., None], every[1], every[0])) < 1e-5
 
 
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @torch.no_grad()
-def test_an_image_does_not_see_its_batch_mates():
+def test_an_image_does_not_see_its_batch_mates(backend):
     norm, attention = layer(32, 2, BinaryConfig(), AngularConfig(), 0)
     x = torch.randn(3, 50, 32)
-    together = fused(x, norm, attention, "triton")
-    assert torch.equal(together[1:2], fused(x[1:2].contiguous(), norm, attention, "triton"))
+    together = fused(x, norm, attention, backend)
+    assert torch.equal(together[1:2], fused(x[1:2].contiguous(), norm, attention, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @torch.no_grad()
 def test_given_thresholds_compare_unit_length_queries_and_keys(backend):
     torch.manual_seed(1)
@@ -111,15 +124,51 @@ def test_given_thresholds_compare_unit_length_queries_and_keys(backend):
     assert error(encoded.context.sum(1), k.float().transpose(-2, -1) @ v) < 1e-5
 
 
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @torch.no_grad()
-def test_context_summed_in_parts_is_the_whole_sum(monkeypatch):
+def test_context_summed_in_parts_is_the_whole_sum(backend, monkeypatch):
     from shiftaddvit.ops.linear_attention import triton as kernels
 
     norm, attention = layer(32, 1, BinaryConfig(), AngularConfig(local="mean"), 0)
     x = torch.randn(1, 200, 32)
     monkeypatch.setattr(kernels, "parts_for", lambda *_: 3)
-    y = fused(x, norm, attention, "triton")
+    y = fused(x, norm, attention, backend)
     assert error(y, x + attention(norm(x))) < 1e-5
+
+
+@pytest.mark.parametrize("codes", ["zero-one", "float"])
+@torch.no_grad()
+def test_both_forms_and_the_reference_return_v_alike_and_agree(codes):
+    from shiftaddvit.ops.linear_attention import reference
+    from shiftaddvit.ops.linear_attention import triton as kernels
+
+    torch.manual_seed(2)
+    x, weight, bias, router = torch.randn(2, 130, 64), torch.randn(2, 192, 64) / 8, torch.randn(2, 192), torch.randn(2, 64)
+    proj, conv, prefix = torch.randn(2, 64, 64) / 8, torch.randn(2, 9), 3
+    arguments = (x, None, None, 1e-6, weight, bias, router, None, 2, "token", codes, True, True, 1)
+    rest = (proj, None, router, x, codes, "mean", True, "similarity", 1.0, prefix)
+    results = {}
+    for name, ops in (("reference", reference), ("fused", kernels), ("split", kernels)):
+        form = {} if ops is reference else {"form": name}
+        with poisoned_outputs():
+            queries, v, context, v_sum, choice, k_sum = ops.encode(*arguments, **form)
+            y, second = ops.mix(queries, v, context, v_sum, k_sum, conv, *rest, **form)
+        assert v.shape == x.shape and v.stride() == (130 * 192, 192, 1) and y.is_contiguous()
+        results[name] = (queries, v, context, v_sum, choice, k_sum, y, second)
+    for name in ("fused", "split"):
+        for actual, expected in zip(results[name], results["reference"], strict=True):
+            assert error(actual, expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("form", ["fused", "split"])
+@torch.no_grad()
+def test_values_with_rows_any_distance_apart(form):
+    from shiftaddvit.ops.linear_attention import triton as kernels
+
+    x, proj, conv = torch.randn(1, 40, 32), torch.randn(1, 32, 32), torch.randn(2, 3)
+    queries, v, context, *_ = kernels.encode(x, None, None, 1e-6, torch.randn(1, 96, 32), None, None, None, 2, "zero", "zero-one", False, False, 1)
+    rest = (context, *(torch.empty(0) for _ in range(2)), conv, proj, None, None, None, "zero-one", "own", False, "none", 1.0, 0)
+    assert torch.equal(kernels.mix(queries, v, *rest, form=form)[0], kernels.mix(queries, v.contiguous(), *rest, form=form)[0])
 
 
 def test_bits_survive_packing():
@@ -129,7 +178,7 @@ def test_bits_survive_packing():
     assert pack_bits(torch.ones(1, 32, dtype=torch.bool)).item() == -1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @torch.no_grad()
 def test_half_precision_zeros_and_empty(backend):
     norm, attention = layer(32, 1, BinaryConfig(), AngularConfig(), 0)
@@ -139,12 +188,13 @@ def test_half_precision_zeros_and_empty(backend):
     assert fused(torch.zeros(0, 10, 32).half(), norm, attention, backend).shape == (0, 10, 32)
 
 
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @torch.no_grad()
-def test_nan_in_one_image_stays_in_that_image():
+def test_nan_in_one_image_stays_in_that_image(backend):
     norm, attention = layer(32, 2, BinaryConfig(), AngularConfig(), 0)
     x = torch.randn(2, 20, 32)
     x[0, 3, 4] = float("nan")
-    y = fused(x, norm, attention, "triton")
+    y = fused(x, norm, attention, backend)
     assert torch.isnan(y[0]).any() and torch.isfinite(y[1]).all()
 
 

@@ -1,4 +1,4 @@
-"""Attention modules as steps: linear attention over codes in two kernels, softmax attention with or without spatial reduction, and
+"""Attention modules as steps: linear attention over codes in two ops, softmax attention with or without spatial reduction, and
 every other form of linear attention through its own layer between two projections."""
 
 from copy import deepcopy
@@ -24,7 +24,7 @@ HEAD_WIDTHS = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class LinearAttentionStep:
-    """x + proj(mix(encode(norm(x)))): angular attention in two kernels."""
+    """x + proj(mix(encode(norm(x)))): angular attention in two ops."""
 
     name: str
     """Module name in the model."""

@@ -120,7 +120,7 @@ class Projection:
     @property
     def biased(self) -> dict[str, Tensor | None]:
         """The arguments that every fused op names alike."""
-        return {"weight": self.weight, "bias": self.bias, "router": self.router}
+        return {"weight": self.weight, "bias": self.bias, "router": self.rows}
 
     def run(
         self,
@@ -136,9 +136,7 @@ class Projection:
         inside = activation in ("none", "gelu")
         y, _ = norm_linear(
             x,
-            self.weight,
-            self.bias,
-            router=self.rows,
+            **self.biased,
             norm=norm.pair if norm else None,
             eps=norm.eps if norm else 0.0,
             residual=residual if inside else None,

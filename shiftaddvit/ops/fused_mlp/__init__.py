@@ -13,6 +13,9 @@ from shiftaddvit.errors import UserError, unknown
 
 from ..backends import Backend, choose_backend, same_device
 from . import reference
+from .reference import route_rows
+
+__all__ = ["norm_linear", "route_rows"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,22 +48,10 @@ def norm_linear(
     shape = (*x.shape[:-1], weight.shape[1])
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    if router is not None and router.shape[0] == 2:
-        router = route_rows(router, weight.dtype)
     y, choice = torch.ops.shiftaddvit.norm_linear(
         rows, *(norm or (None, None)), eps, weight, bias, router, _rows(residual, shape), out_scale, activation, pdl, backend
     )
     return y.reshape(shape), choice.reshape(x.shape[:-1]) if router is not None else choice
-
-
-def route_rows(router: Float[Tensor, "2 in"], dtype: torch.dtype) -> Float[Tensor, "16 in"]:
-    """A router as one more matrix for the kernel: the rows add up to how far the second expert's logit leads, three parts of `dtype` holding
-    float32's precision, the others zero. 16 rows are what a matrix instruction takes."""
-    rest, parts = (router[1] - router[0]).float(), []
-    for _ in range(3):
-        parts.append(rest.to(dtype))
-        rest = rest - parts[-1].float()
-    return torch.stack(parts + [torch.zeros_like(parts[0])] * 13)
 
 
 def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None, router: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..backends import interpreting
 from ..tiling import Tile, fill, key, next_power, pick, precision, processors
 from .norm_linear_kernels import norm_linear_kernel, wide_norm_linear_kernel
+from .reference import route_rows
 
 WHOLE_ROWS = 256
 """Rows up to this wide are normalised once, in registers, and multiplied by every output tile of the program."""
@@ -19,8 +20,7 @@ _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float3
 def norm_tile(m: int, n: int, k: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """For `norm_linear`; `k` ≥ the row where the whole row is kept."""
     single = dtype == torch.float32
-    # A width that is no power of two would be padded to the next one; in chunks it is not.
-    whole = k <= (WHOLE_SINGLE_ROWS if single else WHOLE_ROWS) and (next_power(k) == k or k < 128)
+    whole = k <= (WHOLE_SINGLE_ROWS if single else WHOLE_ROWS)
     widest = 64 if single and experts == 2 else 128
     start = Tile(m=64 if experts == 2 or k > 128 else 128, n=min(widest, next_power(n)), k=next_power(k, 16) if whole else 32 if single else 64)
     tile = fill(start, m, n, device)
@@ -35,13 +35,14 @@ def norm_linear(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
     router: Tensor | None, residual: Tensor | None, out_scale: Tensor | None, activation: str, pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x (M, K), weight (E, N, K), bias (E, N), router (16, K) if E is 2."""
+    """x (M, K), weight (E, N, K), bias (E, N), router (2, K) or its `route_rows` (16, K) if E is 2."""
     (m, k), (experts, n, _) = x.shape, weight.shape
     dtype = torch.int8 if out_scale is not None else (weight if residual is None else residual).dtype
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     choice = torch.empty(m if experts == 2 else 0, dtype=torch.int8, device=x.device)
     if out.numel() == 0:
         return out, choice
+    router = route_rows(router, weight.dtype) if router is not None else None
     tile = norm_tile(m, n, k, experts, weight.dtype, x.device)
     flags = dict(
         NORM=norm_weight is not None, EXPERTS=experts, GELU=activation == "gelu", FAST=_fast(weight), HAS_BIAS=bias is not None,

@@ -1,4 +1,4 @@
-"""A block's linear attention in two kernels (ShiftAddViT section 4.1).
+"""A block's linear attention in two ops (ShiftAddViT section 4.1).
 
 `attention_encode`: LayerNorm, q k v (one expert or two and a router), binary codes of q and k, Σ_j k_jᵀ v_j.
 `attention_mix`: local term + q · context/π, unit length, token convolution of v, projection (one expert or two), residual.
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
     queries: Tensor
     """int32 (B, h, N, ⌈d/32⌉), channel i in bit i mod 32 of word i // 32; or unit-length queries (B, h, N, d)."""
     v: Float[Tensor, "B N C"]
-    """Values, heads merged."""
+    """Values, heads merged: a view of rows of q, k and v, so that its own rows lie 3C (or 2C) apart."""
     context: Float[Tensor, "B parts h d d"]
     """Σ_j k_jᵀ v_j of each part of the tokens, float32."""
     v_sum: Float[Tensor, "B parts h d"]
@@ -47,7 +47,7 @@ def attention_encode(
     bias: Float[Tensor, "experts 3C"] | None = None,
     norm: tuple[Float[Tensor, "C"], Float[Tensor, "C"]] | None = None,
     eps: float = 1e-6,
-    router: Float[Tensor, "2 C"] | None = None,
+    router: Float[Tensor, "2 C"] | Float[Tensor, "16 C"] | None = None,
     rule: Rule = "token",
     threshold: Float[Tensor, "2 h"] | None = None,
     codes: Codes = "zero-one",
@@ -86,7 +86,7 @@ def attention_mix(
     encoded: Encoded,
     weight: Float[Tensor, "experts C C"],
     bias: Float[Tensor, "experts C"] | None = None,
-    router: Float[Tensor, "2 C"] | None = None,
+    router: Float[Tensor, "2 C"] | Float[Tensor, "16 C"] | None = None,
     residual: Float[Tensor, "B N C"] | None = None,
     conv: Float[Tensor, "h window"] | None = None,
     codes: Codes = "zero-one",
@@ -125,8 +125,9 @@ def attention_mix(
         raise UserError(f"residual must be {tuple(encoded.v.shape)}, got {_about(residual)}")
     if not 0 <= prefix <= max(tokens, 0):
         raise UserError(f"prefix must be from 0 to {tokens}, got {prefix}")
+    v = encoded.v if encoded.v.stride(-1) == 1 and encoded.v.stride(0) == tokens * encoded.v.stride(1) else encoded.v.contiguous()
     y, choice = torch.ops.shiftaddvit.attention_mix(
-        *encoded[:4], encoded.k_sum, conv.contiguous() if conv is not None else None, weight.contiguous(), bias, router,
+        encoded.queries, v, *encoded[2:4], encoded.k_sum, conv.contiguous() if conv is not None else None, weight.contiguous(), bias, router,
         residual.contiguous() if residual is not None else None, codes, local, context_mean,
         "similarity" if similarity else "l2" if output_unit else "none", factor, prefix, pdl, backend,
     )  # fmt: skip
@@ -154,8 +155,8 @@ def _head_width(width: int, heads: int) -> None:
 
 def _experts(weight: Tensor, bias: Tensor | None, router: Tensor | None, width: int) -> None:
     count = weight.shape[0]
-    if count not in (1, 2) or (router is not None) != (count == 2) or (router is not None and router.shape != (2, width)):
-        raise UserError(f"two experts need a router (2, {width}) and one expert none, got {count} experts and {_about(router)}")
+    if count not in (1, 2) or (router is not None) != (count == 2) or (router is not None and router.shape not in ((2, width), (16, width))):
+        raise UserError(f"two experts need a router (2, {width}) or its `route_rows` and one expert none, got {count} experts and {_about(router)}")
     if bias is not None and bias.shape != weight.shape[:2]:
         raise UserError(f"bias must be {tuple(weight.shape[:2])}, got {_about(bias)}")
 
@@ -192,7 +193,7 @@ def _(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, ru
     )
     return (
         queries,
-        x.new_empty(batch, tokens, width),
+        x.new_empty(batch, tokens, weight.shape[1])[..., weight.shape[1] - width :],
         x.new_empty(batch, parts, heads, d, d, dtype=wide),
         x.new_empty((batch, parts, heads, d) if v_sum else (0,), dtype=wide),
         x.new_empty(batch * tokens if router is not None else 0, dtype=torch.int8),
@@ -228,4 +229,4 @@ def _(
     backend,
 ):  # fmt: skip
     choice = v.new_empty(v.shape[0] * v.shape[1] if router is not None else 0, dtype=torch.int8)
-    return torch.empty_like(v), choice
+    return v.new_empty(v.shape), choice

@@ -15,12 +15,13 @@ def encode(
     x: Float[Tensor, "B N C"], norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
     router: Tensor | None, threshold: Float[Tensor, "2 h"] | None, heads: int, rule: str, codes: str, v_sum: bool, k_sum: bool, parts: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As the op `attention_encode`; the first part holds the whole sum, the others nothing."""
+    """As the op `attention_encode`; the first part holds the whole sum, the others nothing. v is a view of rows of 3C or 2C."""
     a = x if x.dtype == torch.float64 else x.float()
     batch, tokens, width = a.shape
     if norm_weight is not None:
         a = F.layer_norm(a, (width,), norm_weight.to(a.dtype), norm_bias.to(a.dtype), eps)
     y, choice = experts(a.reshape(-1, width), weight, bias, router)
+    merged = y.to(x.dtype).reshape(batch, tokens, y.shape[-1]).contiguous()[..., y.shape[-1] - width :]
     y = y.reshape(batch, tokens, y.shape[-1] // width, heads, width // heads).permute(2, 0, 3, 1, 4)  # (2 or 3, B, h, N, d)
     q, k, v = y[0], y[-2], y[-1].to(x.dtype)
     if codes == "float":
@@ -34,7 +35,6 @@ def encode(
     values, keys = (
         _in_first_part(t.to(a.dtype).sum(2), parts) if wanted else a.new_empty(0) for t, wanted in ((v, v_sum), (k, k_sum))
     )
-    merged = v.transpose(1, 2).reshape(x.shape).contiguous()
     return queries, merged, _in_first_part(context, parts), values, choice, keys
 
 
