@@ -3,7 +3,6 @@
 `python tests/ops_compile.py [op …]` prints one JSON line a launch. Run as a program of its own: the interpreter must be off.
 """
 
-import itertools
 import json
 import os
 import re
@@ -154,21 +153,21 @@ def linear_attention():
     for batch in (1, 32, 256):
         for tokens, c, heads in ((3136, 32, 1), (784, 64, 2), (196, 160, 5), (196, 320, 5), (197, 192, 3)):
             d, parts = c // heads, kernels.parts_for(batch, tokens, heads, None)
-            for experts, form in itertools.product((1, 2), ("fused", "split")):
+            for experts in (1, 2):
                 router = meta(16, c, dtype=half) if experts == 2 else None
-                bias, name = meta(experts, 3 * c, dtype=single), f"{form} x{experts} {batch}x{tokens}x{c}"
-                yield f"encode {name}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, s=bias, p=parts, f=form: (
+                bias, name = meta(experts, 3 * c, dtype=single), f"x{experts} {batch}x{tokens}x{c}"
+                yield f"encode {name}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, s=bias, p=parts: (
                     kernels.encode(
                         meta(b, n, c, dtype=half), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, 3 * c, c, dtype=half), s, r,
-                        None, h, "token", "zero-one", False, False, p, form=f,
+                        None, h, "token", "zero-one", False, False, p,
                     )
                 )  # fmt: skip
-                yield f"mix {name}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, d=d, p=parts, f=form: (
+                yield f"mix {name}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, d=d, p=parts: (
                     kernels.mix(
                         meta(b, h, n, d // 32, dtype=torch.int32), meta(b, n, 3 * c, dtype=half)[..., 2 * c :],
                         meta(b, p, h, d, d, dtype=single), meta(0, dtype=single), meta(0, dtype=single), meta(h, 9, dtype=single),
                         meta(e, c, c, dtype=half), meta(e, c, dtype=single), r, meta(b, n, c, dtype=half), "zero-one", "own", True, "l2",
-                        1.0, 0, form=f,
+                        1.0, 0,
                     )
                 )  # fmt: skip
 
@@ -346,9 +345,8 @@ OPS = {
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
-    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "encode fused x2 256x196x320", "encode fused x2 256x784x64",
-    "mix fused x2 256x196x160", "mix fused x2 1x784x64", "mix fused x2 1x196x160", "mix fused x1 1x196x320", "mix fused x1 1x197x192",
-    "encode split x2 256x196x160", "mix split x2 256x784x64", "mix split x2 256x197x192", "dual 50176x320x1280",
+    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "encode x2 256x196x160", "mix x2 256x784x64",
+    "mix x2 256x197x192", "norm_linear x2 802816x32x256", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",
     "patch_embed 1x160x14 k3", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",

@@ -277,7 +277,7 @@ def test_two_engines_do_not_disturb_each_other():
 
 def test_describe_names_every_step_and_what_is_not_fused():
     text = engine_of(published()).describe()
-    for part in ("stages.0.blocks.0.attn", "attention_encode + attention_mix", "mult|shift, add, mult|shift", "conv_gelu", "MB"):
+    for part in ("stages.0.blocks.0.attn", "context + apply", "mult|shift, add, mult|shift", "conv_gelu", "MB"):
         assert part in text
     ksh = engine_of(converted("pvt_v2", "ours-ksh-moe")).describe()
     line = next(line for line in ksh.splitlines() if line.startswith("stages.0.blocks.0.attn"))

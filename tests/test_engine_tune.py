@@ -46,7 +46,7 @@ def test_every_launch_of_a_program_is_found_once_a_shape():
     program = lower(converted("pvt_v2", "ours-quant-moe"), torch.float32, (32, 32))
     walks = tune.walks_of(program, (1, 2), Launch("triton"))
     kinds = {walk.problem.split("/")[0] for walk in walks}
-    assert {"encode2s", "mix2s", "norm_linear2s", "conv_gelus", "patch_embedns"} <= kinds
+    assert {"contexts", "applys", "norm_linear2s", "linear2s", "conv_gelus", "patch_embedns"} <= kinds
     assert len({walk.problem for walk in walks}) == len(walks)
     for walk in walks:
         assert program.steps[walk.step].run(torch.zeros(walk.shape), Launch("triton")) is not None

@@ -1,4 +1,4 @@
-"""The attention block equals LayerNorm, AngularAttention and the residual in either form of its kernels, and never looks at batch-mates."""
+"""The attention block equals LayerNorm, AngularAttention and the residual and never looks at batch-mates."""
 
 import itertools
 
@@ -11,19 +11,7 @@ from shiftaddvit.layers.attention import AngularAttention, AngularConfig, Binary
 from shiftaddvit.ops.bits import pack_bits, unpack_bits
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 
-BACKENDS = ("reference", "triton fused", "triton split")
-KERNELS = BACKENDS[1:]
-
-
-@pytest.fixture
-def backend(request, monkeypatch) -> str:
-    """The backend's name, with the form of its kernels settled."""
-    name, _, form = request.param.partition(" ")
-    if form:
-        from shiftaddvit.ops.linear_attention import triton as kernels
-
-        monkeypatch.setattr(kernels, "form_for", lambda *_: form)
-    return name
+BACKENDS = ("reference", "triton")
 
 
 def layer(width, heads, binary, config, prefix, seed=0):
@@ -66,7 +54,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("batch", "tokens", "width", "heads", "binary", "config", "prefix"), CASES)
 @torch.no_grad()
 def test_fused_block_equals_the_layers(batch, tokens, width, heads, binary, config, prefix, backend):
@@ -77,7 +65,7 @@ def test_fused_block_equals_the_layers(batch, tokens, width, heads, binary, conf
     assert error(y, x + attention(norm(x))) < 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_two_experts_route_every_token_in_both_kernels(backend):
     torch.manual_seed(0)
@@ -103,7 +91,7 @@ def test_two_experts_route_every_token_in_both_kernels(backend):
     assert error(y, torch.where(routed.bool()[..., None], every[1], every[0])) < 1e-5
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize("backend", ["triton"])
 @torch.no_grad()
 def test_an_image_does_not_see_its_batch_mates(backend):
     norm, attention = layer(32, 2, BinaryConfig(), AngularConfig(), 0)
@@ -112,7 +100,7 @@ def test_an_image_does_not_see_its_batch_mates(backend):
     assert torch.equal(together[1:2], fused(x[1:2].contiguous(), norm, attention, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_given_thresholds_compare_unit_length_queries_and_keys(backend):
     torch.manual_seed(1)
@@ -124,7 +112,7 @@ def test_given_thresholds_compare_unit_length_queries_and_keys(backend):
     assert error(encoded.context.sum(1), k.float().transpose(-2, -1) @ v) < 1e-5
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize("backend", ["triton"])
 @torch.no_grad()
 def test_context_summed_in_parts_is_the_whole_sum(backend, monkeypatch):
     from shiftaddvit.ops.linear_attention import triton as kernels
@@ -138,7 +126,7 @@ def test_context_summed_in_parts_is_the_whole_sum(backend, monkeypatch):
 
 @pytest.mark.parametrize("codes", ["zero-one", "float"])
 @torch.no_grad()
-def test_both_forms_and_the_reference_return_v_alike_and_agree(codes):
+def test_kernels_and_reference_return_v_alike_and_agree(codes):
     from shiftaddvit.ops.linear_attention import reference
     from shiftaddvit.ops.linear_attention import triton as kernels
 
@@ -148,27 +136,38 @@ def test_both_forms_and_the_reference_return_v_alike_and_agree(codes):
     arguments = (x, None, None, 1e-6, weight, bias, router, None, 2, "token", codes, True, True, 1)
     rest = (proj, None, router, x, codes, "mean", True, "similarity", 1.0, prefix)
     results = {}
-    for name, ops in (("reference", reference), ("fused", kernels), ("split", kernels)):
-        form = {} if ops is reference else {"form": name}
+    for name, ops in (("reference", reference), ("kernels", kernels)):
         with poisoned_outputs():
-            queries, v, context, v_sum, choice, k_sum = ops.encode(*arguments, **form)
-            y, second = ops.mix(queries, v, context, v_sum, k_sum, conv, *rest, **form)
+            queries, v, context, v_sum, choice, k_sum = ops.encode(*arguments)
+            y, second = ops.mix(queries, v, context, v_sum, k_sum, conv, *rest)
         assert v.shape == x.shape and v.stride() == (130 * 192, 192, 1) and y.is_contiguous()
         results[name] = (queries, v, context, v_sum, choice, k_sum, y, second)
-    for name in ("fused", "split"):
-        for actual, expected in zip(results[name], results["reference"], strict=True):
-            assert error(actual, expected) < 1e-5, name
+    for actual, expected in zip(results["kernels"], results["reference"], strict=True):
+        assert error(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["fused", "split"])
 @torch.no_grad()
-def test_values_with_rows_any_distance_apart(form):
+def test_values_with_rows_any_distance_apart():
     from shiftaddvit.ops.linear_attention import triton as kernels
 
     x, proj, conv = torch.randn(1, 40, 32), torch.randn(1, 32, 32), torch.randn(2, 3)
     queries, v, context, *_ = kernels.encode(x, None, None, 1e-6, torch.randn(1, 96, 32), None, None, None, 2, "zero", "zero-one", False, False, 1)
     rest = (context, *(torch.empty(0) for _ in range(2)), conv, proj, None, None, None, "zero-one", "own", False, "none", 1.0, 0)
-    assert torch.equal(kernels.mix(queries, v, *rest, form=form)[0], kernels.mix(queries, v.contiguous(), *rest, form=form)[0])
+    assert torch.equal(kernels.mix(queries, v, *rest)[0], kernels.mix(queries, v.contiguous(), *rest)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_float16_between_bfloat16_tokens(backend):
+    torch.manual_seed(3)
+    x, weight, proj = torch.randn(2, 40, 64).bfloat16(), (torch.randn(192, 64) / 8).half(), (torch.randn(64, 64) / 8).half()
+    encoded = attention_encode(x, weight, 2, backend=backend)
+    assert encoded.v.dtype == torch.float16
+    y, _ = attention_mix(encoded, proj, residual=x, backend=backend)
+    wide = attention_mix(attention_encode(x.float(), weight.float(), 2), proj.float(), residual=x.float())[0]
+    assert y.dtype == torch.bfloat16 and error(y, wide) < 2e-2
+    with pytest.raises(UserError, match="for torch.bfloat16, got torch.float32"):
+        attention_encode(x, weight.float(), 2, backend=backend)
 
 
 def test_bits_survive_packing():
@@ -178,7 +177,7 @@ def test_bits_survive_packing():
     assert pack_bits(torch.ones(1, 32, dtype=torch.bool)).item() == -1
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_half_precision_zeros_and_empty(backend):
     norm, attention = layer(32, 1, BinaryConfig(), AngularConfig(), 0)
@@ -188,7 +187,7 @@ def test_half_precision_zeros_and_empty(backend):
     assert fused(torch.zeros(0, 10, 32).half(), norm, attention, backend).shape == (0, 10, 32)
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize("backend", ["triton"])
 @torch.no_grad()
 def test_nan_in_one_image_stays_in_that_image(backend):
     norm, attention = layer(32, 2, BinaryConfig(), AngularConfig(), 0)

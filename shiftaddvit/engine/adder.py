@@ -48,7 +48,7 @@ class AdderProjection:
         """residual + activation(norm(−Σ|W − x|)) in the dtype of x."""
         a = norm.run(x.float()) if norm else x.float()
         y = activate(self.after.run(adder_linear(a, self.weight[0], 0.0, launch.backend)), activation)
-        return (y if residual is None else y + residual).to(x.dtype)
+        return y.to(x.dtype) if residual is None else (y + residual).to(residual.dtype)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class LinearAttentionStep:
     def about(self) -> About:
         products = "mult" if self.codes == "float" else "add"
         primitives = f"{self.qkv.primitive}, {products}, {self.proj.primitive}"
-        return About("attention_encode + attention_mix", f"{self.tokens}×{self.proj.weight.shape[1]}", primitives, True)
+        return About("norm_linear + context + apply + norm_linear", f"{self.tokens}×{self.proj.weight.shape[1]}", primitives, True)
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,11 @@ class SoftmaxAttentionStep:
         if self.reduction is not None:
             a = layer_norm(x, *self.norm.pair, self.norm.eps, pdl=launch.pdl, backend=launch.backend)
             reduced = self.reduction.run(a, launch)
-            return self.sources[0].run(a, launch), *self.sources[1].run(reduced, launch).split(width, dim=-1)
-        parts = [part for source in self.sources for part in source.run(x, launch, self.norm).split(width, dim=-1)]
-        return parts[0], parts[-2], parts[-1]
+            parts = [self.sources[0].run(a, launch), *self.sources[1].run(reduced, launch).split(width, dim=-1)]
+        else:
+            parts = [part for source in self.sources for part in source.run(x, launch, self.norm).split(width, dim=-1)]
+        # Adders keep the dtype of their input, others have that of their weights.
+        return tuple(part.to(parts[-1].dtype) for part in (parts[0], parts[-2], parts[-1]))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> Tensor:
         if self.kernel:

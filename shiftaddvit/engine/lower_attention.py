@@ -49,17 +49,19 @@ def _refuse_extras(module: TimmAttention, name: str) -> None:
 
 
 def _plain(module, heads, before: Norm, name, tokens, prep, scale, q_norm: Norm | None, k_norm: Norm | None) -> SoftmaxAttentionStep:
-    qkv, proj = lower_projection(module.qkv, f"{name}.qkv", prep), lower_projection(module.proj, f"{name}.proj", prep, scale)
+    inside = prep.inside(module)
+    qkv, proj = lower_projection(module.qkv, f"{name}.qkv", inside), lower_projection(module.proj, f"{name}.proj", inside, scale)
     return SoftmaxAttentionStep(name, tokens, heads, before, (qkv,), None, q_norm, k_norm, proj)
 
 
 def _reduced(module, before: Norm, name, grid, tokens, prep) -> SoftmaxAttentionStep:
-    q, kv = (lower_projection(getattr(module, part), f"{name}.{part}", prep) for part in ("q", "kv"))
+    inside = prep.inside(module)
+    q, kv = (lower_projection(getattr(module, part), f"{name}.{part}", inside) for part in ("q", "kv"))
     reduction = _reduction(module, name, grid, prep)
     together = joined([q, kv]) if reduction is None else None
     sources = (together,) if together is not None else (q, kv)
     return SoftmaxAttentionStep(
-        name, tokens, module.num_heads, before, sources, reduction, None, None, lower_projection(module.proj, f"{name}.proj", prep)
+        name, tokens, module.num_heads, before, sources, reduction, None, None, lower_projection(module.proj, f"{name}.proj", inside)
     )
 
 
@@ -80,7 +82,8 @@ def lower_angular(
     """The step of attention between two projections, linear or not, behind its norm."""
     if isinstance(module, AngularAttention) and module.hash is not None and not bool(module.hash.calibrated):
         raise UserError(f"{name}: the hash functions are not trained yet: call shiftaddvit.calibrate(model, images) before deploy")
-    qkv, proj = lower_projection(module.qkv, f"{name}.qkv", prep), lower_projection(module.proj, f"{name}.proj", prep, scale)
+    inside = prep.inside(module)
+    qkv, proj = lower_projection(module.qkv, f"{name}.qkv", inside), lower_projection(module.proj, f"{name}.proj", inside, scale)
     if not _kernels_take(module, qkv, proj):
         return AngularStep(name, tokens, before, qkv, proj, bare(module, prep.device))
     config, add = module.config, module.add

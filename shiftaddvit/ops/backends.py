@@ -42,6 +42,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def mixable(first: Tensor, second: Tensor) -> bool:
+    """Whether one kernel takes both: equal dtypes, or float16 and bfloat16."""
+    halves = (torch.float16, torch.bfloat16)
+    return first.dtype == second.dtype or (first.dtype in halves and second.dtype in halves)
+
+
 def same_device(**tensors: Tensor | None) -> torch.device:
     """The device of all tensors given; `UserError` naming the first one that is elsewhere."""
     first_name, first = None, None

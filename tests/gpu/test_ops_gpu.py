@@ -134,9 +134,7 @@ def test_norm_linear_between_bfloat16_and_float16(inputs, outputs, experts):
 @pytest.mark.parametrize("experts", [1, 2])
 @pytest.mark.parametrize(("tokens", "width", "heads"), [(3136, 32, 1), (784, 64, 2), (196, 160, 5), (196, 320, 5), (197, 192, 3), (1, 64, 1)])
 @pytest.mark.parametrize("codes", ["zero-one", "plus-minus", "float"])
-@pytest.mark.parametrize("form", ["fused", "split"])
-def test_linear_attention(tokens, width, heads, codes, experts, dtype, form, monkeypatch):
-    monkeypatch.setattr("shiftaddvit.ops.linear_attention.triton.form_for", lambda *_: form)
+def test_linear_attention(tokens, width, heads, codes, experts, dtype):
     x = normal(2, tokens, width, dtype=dtype)
     qkv, qkv_bias = normal(experts, 3 * width, width, dtype=dtype, scale=width**-0.5), normal(experts, 3 * width)
     proj, proj_bias = normal(experts, width, width, dtype=dtype, scale=width**-0.5), normal(experts, width)
@@ -154,10 +152,8 @@ def test_linear_attention(tokens, width, heads, codes, experts, dtype, form, mon
     assert error(y, again) < (2e-2 if experts == 2 else 2e-3 if dtype == torch.float16 else 1e-5)
 
 
-@pytest.mark.parametrize("form", ["fused", "split"])
 @pytest.mark.parametrize("context_mean", [False, True])
-def test_linear_attention_normalised_by_similarity(context_mean, form, monkeypatch):
-    monkeypatch.setattr("shiftaddvit.ops.linear_attention.triton.form_for", lambda *_: form)
+def test_linear_attention_normalised_by_similarity(context_mean):
     x, qkv, proj = normal(3, 196, 160, dtype=torch.float16), normal(480, 160, dtype=torch.float16), normal(160, 160, dtype=torch.float16)
     encoded = attention_encode(x, qkv, 5, codes="plus-minus", v_sum=True, k_sum=True)
     form = {"codes": "plus-minus", "local": "mean", "context_mean": context_mean, "output_unit": False, "similarity": True, "factor": 1 / 32}

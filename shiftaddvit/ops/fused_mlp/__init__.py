@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError, unknown
 
-from ..backends import Backend, choose_backend, same_device
+from ..backends import Backend, choose_backend, mixable, same_device
 from . import reference
 from .reference import route_rows
 
@@ -60,7 +60,7 @@ def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None, router: Tensor | No
     count = weight.shape[0]
     if weight.dim() != 3 or weight.shape[2] != x.shape[-1] or count not in (1, 2):
         raise UserError(f"weight must be (1 or 2 experts, out, {x.shape[-1]}), got {tuple(weight.shape)}")
-    if weight.dtype not in _FLOATS or x.dtype not in _FLOATS or (weight.dtype == torch.float32) != (x.dtype == torch.float32):
+    if weight.dtype not in _FLOATS or not mixable(weight, x):
         raise UserError(f"x and weight must be float32, or both float16 or bfloat16, got {x.dtype} and {weight.dtype}")
     shapes = ((2, x.shape[-1]), (16, x.shape[-1]))
     if (router is not None) != (count == 2) or (router is not None and router.shape not in shapes):

@@ -5,8 +5,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import interpreting
+from ..layer_norm.triton import layer_norm
 from ..tiling import Tile, fill, key, next_power, pick, precision, processors
-from .norm_linear_kernels import norm_linear_kernel, wide_norm_linear_kernel
+from .norm_linear_kernels import norm_linear_kernel, wide_linear_kernel
 from .reference import route_rows
 
 WHOLE_ROWS = 256
@@ -17,18 +18,22 @@ WHOLE_SINGLE_ROWS = 64
 _ELEMENT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def norm_tile(m: int, n: int, k: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """For `norm_linear`; `k` ≥ the row where the whole row is kept."""
-    single = dtype == torch.float32
-    whole = k <= (WHOLE_SINGLE_ROWS if single else WHOLE_ROWS)
-    widest = 64 if single and experts == 2 else 128
-    start = Tile(m=64 if experts == 2 or k > 128 else 128, n=min(widest, next_power(n)), k=next_power(k, 16) if whole else 32 if single else 64)
-    tile = fill(start, m, n, device)
-    warps = 8 if tile.m * tile.n * experts * (2 if single else 1) >= 128 * 128 else 4
-    usual = Tile(tile.m, tile.n, tile.k, warps, 1 if whole else 3)
-    bounds = {"m": (16, 128), "n": (32, min(256, next_power(n))), "warps": (4, 8), "stages": (1, 5)}
+def norm_tile(m: int, n: int, k: int, experts: int, norm: bool, dtype: torch.dtype, device: torch.device) -> Tile:
+    """For `norm_linear`; `k` ≥ the row where the whole row is kept, which spares a norm its own kernel."""
+    single, widest, tokens = dtype == torch.float32, next_power(n), m > 16 * processors(device)
+    whole = k <= (WHOLE_SINGLE_ROWS if single else (WHOLE_ROWS if norm and not (tokens and k > 64) else 64))
+    # Chunks of two experts have two sums: half the columns.
+    columns = 64 if experts == 2 and (single or not whole) else 128
+    tile = fill(Tile(m=64 if tokens or k > 128 else 32, n=min(columns, widest), k=16), m, n, device)
+    if whole:
+        usual = Tile(tile.m, tile.n, next_power(k), 8 if single and experts == 2 else 4)
+    elif single:
+        usual = Tile(tile.m, tile.n, 32, 8 if tile.m * tile.n * experts >= 64 * 128 else 4, 3)
+    else:
+        usual = Tile(tile.m, tile.n, min(next_power(k), 64 if tokens else 256), 4, 4 if experts == 2 and tokens else 3)
+    bounds = {"m": (16, 128), "n": (32, min(256, widest)), "warps": (4, 8), "stages": (1, 5)}
     bounds |= {"k": (32, min(256, next_power(k)))} if not single else {} if whole else {"k": (32, 128)}
-    return pick(device, key(f"norm_linear{experts}{precision(dtype)}", m, n, k), usual, **bounds)
+    return pick(device, key(f"{'norm_' if norm else ''}linear{experts}{precision(dtype)}", m, n, k), usual, **bounds)
 
 
 def norm_linear(
@@ -43,23 +48,28 @@ def norm_linear(
     if out.numel() == 0:
         return out, choice
     router = route_rows(router, weight.dtype) if router is not None else None
-    tile = norm_tile(m, n, k, experts, weight.dtype, x.device)
+    norm = norm_weight is not None
+    tile = norm_tile(m, n, k, experts, norm, weight.dtype, x.device)
     flags = dict(
-        NORM=norm_weight is not None, EXPERTS=experts, GELU=activation == "gelu", FAST=_fast(weight), HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, HAS_CHOICE=experts == 2, INT8=out_scale is not None, PRECISION=_precision(weight), PDL=pdl, T=_ELEMENT[weight.dtype],
-        BM=tile.m, BN=tile.n, BK=tile.k, num_warps=tile.warps,
+        EXPERTS=experts, GELU=activation == "gelu", FAST=_fast(weight), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_CHOICE=experts == 2, INT8=out_scale is not None, PRECISION=_precision(weight), PDL=pdl, T=_ELEMENT[weight.dtype],
+        BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    tensors = (x, norm_weight, norm_bias, weight, bias, router, residual, out, out_scale, choice, m, n, k, x.stride(0), eps)
     if pdl:
         flags["launch_pdl"] = True
-    groups, tiles = -(-n // tile.n), -(-m // tile.m)
+    wanted, rows = -(-n // tile.n), -(-m // tile.m)
     if k <= tile.k:
-        # Enough programs to fill the device several times; beyond that each takes more rows with the weights it holds.
-        rows = max(1, groups * tiles // (8 * processors(x.device)))
-        norm_linear_kernel[(groups * -(-tiles // rows),)](*tensors, ROWS=rows, **flags)
-    else:
-        statistics = next_power(k) if k <= WHOLE_ROWS else 128
-        wide_norm_linear_kernel[(groups * tiles,)](*tensors, BS=statistics, STAGES=tile.stages, **flags)
+        # Enough programs to fill the device twice; beyond that each keeps its rows for several output tiles.
+        tiles = max(1, min(wanted, rows * wanted // (2 * processors(x.device))))
+        tiles = 1 << (tiles.bit_length() - 1)
+        norm_linear_kernel[(rows * -(-n // (tile.n * tiles)),)](
+            x, norm_weight, norm_bias, weight, bias, router, residual, out, out_scale, choice, m, n, k, x.stride(0), eps,
+            NORM=norm, TILES=tiles, **flags,
+        )  # fmt: skip
+        return out, choice
+    if norm:
+        x = layer_norm(x.unsqueeze(0), norm_weight, norm_bias, eps, False, pdl, weight.dtype)[0]
+    wide_linear_kernel[(rows * wanted,)](x, weight, bias, router, residual, out, out_scale, choice, m, n, k, x.stride(0), **flags)
     return out, choice
 
 

@@ -20,9 +20,9 @@ def layer_norm_kernel(
     last = N if MEAN else first + BM
     cs = tl.arange(0, BC)
     total = tl.zeros((BC,), tl.float32)
-    wait_for_inputs(PDL)
     scale = tl.load(gamma + cs, mask=cs < C, other=0.0).to(tl.float32)
     shift = tl.load(beta + cs, mask=cs < C, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     for start in tl.range(first, last, BM, num_stages=1):
         m = start + tl.arange(0, BM)
         inside = (m < N)[:, None] & (cs < C)[None, :]
@@ -38,10 +38,10 @@ def layer_norm_kernel(
         tl.store(out + picture * C + cs, total / N * scale + shift, mask=cs < C)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: bool, pdl: bool = False) -> Tensor:
-    """x (B, N, C) with unit stride along C."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: bool, pdl: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """x (B, N, C) with unit stride along C; the result in `dtype`, by default x's, a mean in float32."""
     batch, n, c = x.shape
-    out = torch.empty((batch, c) if mean else (batch, n, c), dtype=torch.float32 if mean else x.dtype, device=x.device)
+    out = torch.empty((batch, c) if mean else (batch, n, c), dtype=torch.float32 if mean else dtype or x.dtype, device=x.device)
     if out.numel():
         wide = next_power(c)
         # About 32 values a thread at four warps; a mean has the picture's tokens to itself.

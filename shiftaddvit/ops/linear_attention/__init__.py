@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError, unknown
 
-from ..backends import Backend, choose_backend, same_device
+from ..backends import Backend, choose_backend, mixable, same_device
 from . import reference
 
 Rule = Literal["token", "zero", "given"]
@@ -67,8 +67,8 @@ def attention_encode(
         weight, bias = weight.unsqueeze(0), bias.unsqueeze(0) if bias is not None else None
     _choices(rule=(rule, ("token", "zero", "given")), codes=(codes, ("zero-one", "plus-minus", "float")))
     _head_width(width, heads)
-    if weight.shape[1:] not in ((3 * width, width), (2 * width, width)) or weight.dtype != x.dtype:
-        raise UserError(f"weight must be (experts, {3 * width} or {2 * width}, {width}) of {x.dtype}, got {_about(weight)}")
+    if weight.shape[1:] not in ((3 * width, width), (2 * width, width)) or not mixable(weight, x):
+        raise UserError(f"weight must be (experts, {3 * width} or {2 * width}, {width}) for {x.dtype}, got {_about(weight)}")
     _experts(weight, bias, router, width)
     if (rule == "given") != (threshold is not None) or (threshold is not None and threshold.shape != (2, heads)):
         raise UserError(f"threshold (2, {heads}) goes with rule 'given' and only with it, got rule {rule!r} and {_about(threshold)}")
@@ -187,13 +187,13 @@ def _(x, norm_weight, norm_bias, eps, weight, bias, router, threshold, heads, ru
     d = width // heads
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     queries = (
-        x.new_empty(batch, heads, tokens, d)
+        x.new_empty(batch, heads, tokens, d, dtype=weight.dtype)
         if codes == "float"
         else x.new_empty(batch, heads, tokens, -(-d // 32), dtype=torch.int32)
     )
     return (
         queries,
-        x.new_empty(batch, tokens, weight.shape[1])[..., weight.shape[1] - width :],
+        x.new_empty(batch, tokens, weight.shape[1], dtype=weight.dtype)[..., weight.shape[1] - width :],
         x.new_empty(batch, parts, heads, d, d, dtype=wide),
         x.new_empty((batch, parts, heads, d) if v_sum else (0,), dtype=wide),
         x.new_empty(batch * tokens if router is not None else 0, dtype=torch.int8),
@@ -229,4 +229,4 @@ def _(
     backend,
 ):  # fmt: skip
     choice = v.new_empty(v.shape[0] * v.shape[1] if router is not None else 0, dtype=torch.int8)
-    return v.new_empty(v.shape), choice
+    return v.new_empty(v.shape, dtype=(v if residual is None else residual).dtype), choice

@@ -1,10 +1,10 @@
-"""The two kernels of a linear-attention block in its fused form. Between them only v, the queries' codes and a few context sums touch
-memory."""
+"""What lies between the two projections of a linear-attention block: two small kernels. v, the queries' codes and a few context sums
+pass between them."""
 
 import triton
 import triton.language as tl
 
-from ..tiles import complete, load_columns, normalised_rows, row_statistics, store_tile, wait_for_inputs
+from ..tiles import wait_for_inputs
 
 
 @triton.jit
@@ -33,169 +33,6 @@ def packed(codes, BM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _shift(first, other, second, EXPERTS: tl.constexpr):
-    """The bias of each row's expert."""
-    shift = first.to(tl.float32)[None, :]
-    if EXPERTS == 2:
-        shift = tl.where(second[:, None], other.to(tl.float32)[None, :], shift)
-    return shift
-
-
-@triton.jit
-def _difference(router, cs, C):
-    """By how much the second expert's logit leads, per unit of the channels cs."""
-    total = tl.load(router + cs, mask=cs < C, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, 3):
-        total += tl.load(router + part * C + cs, mask=cs < C, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
-def _chosen(a, w, w2, second, EXPERTS: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows times the weights of each row's expert."""
-    y = tl.dot(a, w, input_precision=PRECISION)
-    if EXPERTS == 2:
-        y = tl.where(second[:, None], tl.dot(a, w2, input_precision=PRECISION), y)
-    return y
-
-
-@triton.jit
-def encode_kernel(
-    x, gamma, beta, w, bias, router, threshold, queries, v_out, context, v_sum, k_sum, choice, N, C, C3, stride_x, stride_v, eps, parts, heads,
-    NORM: tl.constexpr, EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, RULE: tl.constexpr,
-    CODES: tl.constexpr, V_SUM: tl.constexpr, K_SUM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    WHOLE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One head of one picture's part: LayerNorm, q k v, codes of q, v, and Σ_j k_jᵀ v_j over the part's tokens.
-
-    Parts are contiguous runs of whole tiles, so the sums do not depend on what else is in the batch.
-    """
-    pid = tl.program_id(0)
-    head = pid % heads
-    part = (pid // heads) % parts
-    picture = pid // (heads * parts)
-    T: tl.constexpr = x.dtype.element_ty
-    LOW: tl.constexpr = -1.0 if CODES == "plus-minus" else 0.0
-    i = tl.arange(0, D)
-    q_row = head * D
-    k_row = q_row if SHARED else C + head * D
-    v_row = (C if SHARED else 2 * C) + head * D
-    tiles = tl.cdiv(tl.cdiv(N, BM), parts)
-    total = tl.zeros((D, D), tl.float32)
-    v_total = tl.zeros((D,), tl.float32)
-    k_total = tl.zeros((D,), tl.float32)
-    second_w = w + (EXPERTS - 1) * C3 * C
-    if WHOLE:
-        # Read before the loop: inside it, the pipeline would fetch them again with every tile.
-        cs = tl.arange(0, BK)
-        if NORM:
-            scale_by = tl.load(gamma + cs, mask=cs < C, other=0.0).to(tl.float32)
-            shift_by = tl.load(beta + cs, mask=cs < C, other=0.0).to(tl.float32)
-        w_q, w_v = load_columns(w, q_row + i, 0, C3, C, BK, T), load_columns(w, v_row + i, 0, C3, C, BK, T)
-        other_q, other_v = w_q, w_v
-        if EXPERTS == 2:
-            other_q, other_v = load_columns(second_w, q_row + i, 0, C3, C, BK, T), load_columns(second_w, v_row + i, 0, C3, C, BK, T)
-            leading = _difference(router, cs, C)
-        if not SHARED:
-            w_k = load_columns(w, k_row + i, 0, C3, C, BK, T)
-            other_k = w_k
-            if EXPERTS == 2:
-                other_k = load_columns(second_w, k_row + i, 0, C3, C, BK, T)
-    if HAS_BIAS:
-        b_q, b_k, b_v = tl.load(bias + q_row + i), tl.load(bias + k_row + i), tl.load(bias + v_row + i)
-        c_q, c_k, c_v = b_q, b_k, b_v
-        if EXPERTS == 2:
-            c_q, c_k, c_v = tl.load(bias + C3 + q_row + i), tl.load(bias + C3 + k_row + i), tl.load(bias + C3 + v_row + i)
-    wait_for_inputs(PDL)
-    # Narrow rows are read once and the next tile is fetched meanwhile; wide ones are read again, chunk by chunk, from the cache.
-    for t in tl.range(part * tiles, part * tiles + tiles, num_stages=STAGES if WHOLE else 1):
-        m = t * BM + tl.arange(0, BM)
-        inside = m < N
-        token = picture.to(tl.int64) * N + m
-        rows = x + token[:, None] * stride_x
-        second = m < 0
-        if WHOLE:
-            a = tl.load(rows + cs[None, :], mask=inside[:, None] & (cs[None, :] < C), other=0.0)
-            if NORM:
-                a = normalised_rows(a.to(tl.float32), inside[:, None] & (cs[None, :] < C), C, eps)
-                a = a * scale_by[None, :] + shift_by[None, :]
-            if EXPERTS == 2:
-                second = tl.sum(a.to(tl.float32) * leading[None, :], 1) > 0
-            a = a.to(T)
-            q = _chosen(a, w_q, other_q, second, EXPERTS, PRECISION)
-            v = _chosen(a, w_v, other_v, second, EXPERTS, PRECISION)
-            if not SHARED:
-                k = _chosen(a, w_k, other_k, second, EXPERTS, PRECISION)
-        else:
-            if NORM:
-                mean, scale = row_statistics(rows, inside, C, eps, BM, BK)
-            q = tl.zeros((BM, D), tl.float32)
-            k = tl.zeros((BM, D), tl.float32)
-            v = tl.zeros((BM, D), tl.float32)
-            if EXPERTS == 2:
-                lead = tl.zeros((BM,), tl.float32)
-                q2 = tl.zeros((BM, D), tl.float32)
-                k2 = tl.zeros((BM, D), tl.float32)
-                v2 = tl.zeros((BM, D), tl.float32)
-            for c in tl.range(0, C, BK, num_stages=STAGES):
-                cs = c + tl.arange(0, BK)
-                a = tl.load(rows + cs[None, :], mask=inside[:, None] & (cs[None, :] < C), other=0.0)
-                if NORM:
-                    a = (a.to(tl.float32) - mean[:, None]) * scale[:, None]
-                    a = a * tl.load(gamma + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
-                    a = a + tl.load(beta + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
-                if EXPERTS == 2:
-                    lead += tl.sum(a.to(tl.float32) * _difference(router, cs, C)[None, :], 1)
-                a = a.to(T)
-                q = tl.dot(a, load_columns(w, q_row + i, c, C3, C, BK, T), q, input_precision=PRECISION)
-                v = tl.dot(a, load_columns(w, v_row + i, c, C3, C, BK, T), v, input_precision=PRECISION)
-                if not SHARED:
-                    k = tl.dot(a, load_columns(w, k_row + i, c, C3, C, BK, T), k, input_precision=PRECISION)
-                if EXPERTS == 2:
-                    q2 = tl.dot(a, load_columns(second_w, q_row + i, c, C3, C, BK, T), q2, input_precision=PRECISION)
-                    v2 = tl.dot(a, load_columns(second_w, v_row + i, c, C3, C, BK, T), v2, input_precision=PRECISION)
-                    if not SHARED:
-                        k2 = tl.dot(a, load_columns(second_w, k_row + i, c, C3, C, BK, T), k2, input_precision=PRECISION)
-            if EXPERTS == 2:
-                second = lead > 0
-                q = tl.where(second[:, None], q2, q)
-                v = tl.where(second[:, None], v2, v)
-                k = tl.where(second[:, None], k2, k)
-        if EXPERTS == 2:
-            tl.store(choice + token, second.to(tl.int8), mask=m < tl.where(head == 0, N, 0))
-        if HAS_BIAS:
-            q = q + _shift(b_q, c_q, second, EXPERTS)
-            v = v + _shift(b_v, c_v, second, EXPERTS)
-            if not SHARED:
-                k = k + _shift(b_k, c_k, second, EXPERTS)
-        if SHARED:
-            k = q
-        v = tl.where(inside[:, None], v, 0.0).to(T)
-        tl.store(v_out + token[:, None] * stride_v + (head * D + i)[None, :], v, mask=inside[:, None])
-        place = (picture.to(tl.int64) * heads + head) * N + m
-        if CODES == "float":
-            tl.store(queries + place[:, None] * D + i[None, :], unit_rows(q).to(T), mask=inside[:, None])
-            k = tl.where(inside[:, None], unit_rows(k), 0.0)
-        else:
-            q = binary_codes(q, threshold, head, inside, RULE, LOW, D)
-            k = binary_codes(k, threshold, heads + head, inside, RULE, LOW, D)
-            WORDS: tl.constexpr = (D + 31) // 32
-            word = packed(q, BM, D)
-            tl.store(queries + place[:, None] * WORDS + tl.arange(0, WORDS)[None, :], word, mask=inside[:, None])
-        total = tl.dot(tl.trans(k.to(T)), v, total, input_precision=PRECISION)
-        if V_SUM:
-            v_total += tl.sum(v.to(tl.float32), 0)
-        if K_SUM:
-            k_total += tl.sum(k.to(T).to(tl.float32), 0)
-    where = (picture * parts + part) * heads + head
-    tl.store(context + where * (D * D) + i[:, None] * D + i[None, :], total)
-    if V_SUM:
-        tl.store(v_sum + where * D + i, v_total)
-    if K_SUM:
-        tl.store(k_sum + where * D + i, k_total)
-
-
-@triton.jit
 def sum_parts(context, first, parts, heads, D: tl.constexpr, AT_ONCE: tl.constexpr):
     """Σ over the parts of one head's (D, D) context, in a fixed order, several loads in flight."""
     i = tl.arange(0, D)
@@ -218,83 +55,156 @@ def sum_rows(sums, first, parts, heads, D: tl.constexpr):
 
 
 @triton.jit
-def mix_kernel(
-    queries, v, context, v_sum, k_sum, conv, w, bias, router, residual, out, choice, N, C, stride_v, parts, heads, context_scale, local_sum,
-    prefix,
-    EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CODES: tl.constexpr, LOCAL: tl.constexpr,
-    OUTPUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr,
+def context_kernel(
+    qkv, threshold, queries, context, v_sum, k_sum, N, C, stride, parts, heads,
+    SHARED: tl.constexpr, RULE: tl.constexpr, CODES: tl.constexpr, V_SUM: tl.constexpr, K_SUM: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out = residual + Expert(concat over heads of normalised(local + q Σ kᵀv · scale/π) + token convolution of v)."""
-    tiles_n = tl.cdiv(C, BN)
-    tiles_m = tl.cdiv(N, BM)
+    """One head of one picture's part: codes of q, and Σ_j k_jᵀ v_j over the part's tokens. `qkv` has rows of q, k and v (or of q and v)."""
     pid = tl.program_id(0)
-    n = (pid % tiles_n) * BN + tl.arange(0, BN)
-    picture = pid // (tiles_n * tiles_m)
-    m = ((pid // tiles_n) % tiles_m) * BM + tl.arange(0, BM)
-    inside = m < N
+    head = pid % heads
+    part = (pid // heads) % parts
+    picture = pid // (heads * parts)
+    T: tl.constexpr = qkv.dtype.element_ty
+    LOW: tl.constexpr = -1.0 if CODES == "plus-minus" else 0.0
     i = tl.arange(0, D)
-    acc = tl.zeros((BM, BN), tl.float32)
-    second = m < 0
-    if EXPERTS == 2:
-        other = tl.zeros((BM, BN), tl.float32)
-        lead = tl.zeros((BM,), tl.float32)
-    tokens = v + picture.to(tl.int64) * N * stride_v
+    tiles = tl.cdiv(tl.cdiv(N, BM), parts)
+    total = tl.zeros((D, D), tl.float32)
+    v_total = tl.zeros((D,), tl.float32)
+    k_total = tl.zeros((D,), tl.float32)
+    rows = qkv + picture.to(tl.int64) * N * stride + head * D
+    first = (picture.to(tl.int64) * heads + head) * N
     wait_for_inputs(PDL)
-    for head in tl.range(0, heads, num_stages=1):
-        first = picture * parts * heads + head
-        # Divided by the number of tokens, the context stays in the range of half precision; two parts keep its precision.
-        sums = sum_parts(context, first, parts, heads, D, AT_ONCE) / N
+    for t in tl.range(part * tiles, part * tiles + tiles, num_stages=STAGES):
+        m = t * BM + tl.arange(0, BM)
+        inside = m < N
+        here = rows + m[:, None] * stride + i[None, :]
+        q = tl.load(here, mask=inside[:, None], other=0.0).to(tl.float32)
+        v = tl.load(here + (C if SHARED else 2 * C), mask=inside[:, None], other=0.0)
+        k = q
+        if not SHARED:
+            k = tl.load(here + C, mask=inside[:, None], other=0.0).to(tl.float32)
+        if CODES == "float":
+            tl.store(queries + (first + m)[:, None] * D + i[None, :], unit_rows(q).to(T), mask=inside[:, None])
+            k = unit_rows(k)
+        else:
+            WORDS: tl.constexpr = (D + 31) // 32
+            word = packed(binary_codes(q, threshold, head, inside, RULE, LOW, D), BM, D)
+            tl.store(queries + (first + m)[:, None] * WORDS + tl.arange(0, WORDS)[None, :], word, mask=inside[:, None])
+            k = binary_codes(k, threshold, heads + head, inside, RULE, LOW, D)
+        k = k.to(T)
+        total = tl.dot(tl.trans(k), v, total, input_precision=PRECISION)
+        if V_SUM:
+            v_total += tl.sum(v.to(tl.float32), 0)
+        if K_SUM:
+            k_total += tl.sum(k.to(tl.float32), 0)
+    where = (picture * parts + part) * heads + head
+    tl.store(context + where * (D * D) + i[:, None] * D + i[None, :], total)
+    if V_SUM:
+        tl.store(v_sum + where * D + i, v_total)
+    if K_SUM:
+        tl.store(k_sum + where * D + i, k_total)
+
+
+@triton.jit
+def _band(taps, beside, tokens, WINDOW: tl.constexpr):
+    """(tokens, beside) matrix that convolves tokens: the tap between the two, and nothing beyond the window."""
+    tap = beside[None, :] - tokens[:, None] + WINDOW // 2
+    return tl.load(taps + tap, mask=(tap >= 0) & (tap < WINDOW), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _times_parts(matrix, x, acc, T: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + matrix · x, the float32 matrix as the sum of two of T, which keeps its precision."""
+    high = matrix.to(T)
+    acc = tl.dot(high, x, acc, input_precision=PRECISION)
+    if T != tl.float32:
+        acc = tl.dot((matrix - high.to(tl.float32)).to(T), x, acc)
+    return acc
+
+
+@triton.jit
+def apply_kernel(
+    queries, v, context, v_sum, k_sum, conv, out, N, C, stride, parts, heads, context_scale, local_sum, prefix,
+    CODES: tl.constexpr, LOCAL: tl.constexpr, OUTPUT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, EDGE: tl.constexpr,
+    AT_ONCE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out = normalised(local + q Σ kᵀv · scale/π) + token convolution of v, for one head and a run of TILES tiles of one picture's tokens.
+
+    The convolution is a product of v with a matrix over the tile's tokens, a band, and of the tile's EDGE neighbours on either side with a
+    second one. So v goes to the matrix units as it was loaded.
+    """
+    tiles = tl.cdiv(N, BM)
+    runs = tl.cdiv(tiles, TILES)
+    pid = tl.program_id(0)
+    head = pid % heads
+    start = ((pid // heads) % runs) * TILES
+    picture = pid // (heads * runs)
+    T: tl.constexpr = v.dtype.element_ty
+    i = tl.arange(0, D)
+    r = tl.arange(0, BM)
+    e = tl.arange(0, 2 * EDGE)
+    # The edge rows' places, counted from the tile's first token.
+    beside = tl.where(e < EDGE, e - EDGE, BM + e - EDGE)
+    if WINDOW > 0:
+        taps = conv + head * WINDOW
+        near = _band(taps, r, r, WINDOW)
+        far = _band(taps, beside, r, WINDOW)
+        middle = tl.load(taps + WINDOW // 2).to(tl.float32)
+    rows = v + picture.to(tl.int64) * N * stride + head * D
+    wait_for_inputs(PDL)
+    first = picture * parts * heads + head
+    # Divided by the number of tokens, the context stays in the range of half precision.
+    sums = sum_parts(context, first, parts, heads, D, AT_ONCE) / N
+    high = sums.to(T)
+    low = (sums - high.to(tl.float32)).to(T)
+    if LOCAL == "mean":
+        mean = (0.5 / N) * sum_rows(v_sum, first, parts, heads, D)
+    if OUTPUT == "similarity":
+        # ½ + q·k/π summed over all keys, in the units of o.
+        keys = sum_rows(k_sum, first, parts, heads, D) / N
+    for t in tl.range(start, tl.minimum(start + TILES, tiles), num_stages=STAGES):
+        m = t * BM + r
+        inside = m < N
         place = (picture.to(tl.int64) * heads + head) * N + m
         if CODES == "float":
             q = tl.load(queries + place[:, None] * D + i[None, :], mask=inside[:, None], other=0.0)
         else:
+            # As many places as four warps have threads, most of them masked: of fewer the compiler lets every thread read all words.
             WORDS: tl.constexpr = (D + 31) // 32
-            word = tl.load(queries + place[:, None] * WORDS + (i // 32)[None, :], mask=inside[:, None], other=0)
-            q = ((word >> (i % 32)[None, :]) & 1).to(tl.float32)
-            if CODES == "plus-minus":
-                q = 2.0 * q - 1.0
-            q = q.to(T)
-        high = sums.to(T)
+            w = tl.arange(0, max(WORDS, 128 // BM))
+            words = tl.load(queries + place[:, None] * WORDS + w[None, :], mask=inside[:, None] & (w[None, :] < WORDS), other=0)
+            word = tl.sum(tl.where(w[None, :] == 0, words, 0), 1)[:, None]
+            for n in tl.static_range(1, WORDS):
+                word = tl.where((i < 32 * n)[None, :], word, tl.sum(tl.where(w[None, :] == n, words, 0), 1)[:, None])
+            q = tl.where((word & (1 << (i % 32))[None, :]) != 0, 1.0, -1.0 if CODES == "plus-minus" else 0.0).to(T)
         o = tl.dot(q, high, input_precision=PRECISION)
         if T != tl.float32:
-            o = tl.dot(q, (sums - high.to(tl.float32)).to(T), o)
+            o = tl.dot(q, low, o)
         o = o * context_scale
-        here = tokens + m[:, None] * stride_v + (head * D + i)[None, :]
-        own = tl.load(here, mask=inside[:, None], other=0.0).to(tl.float32)
+        here = rows + m[:, None] * stride + i[None, :]
+        own = tl.load(here, mask=inside[:, None], other=0.0)
         if LOCAL == "own":
-            o = o + 0.5 * own
+            o = o + 0.5 * own.to(tl.float32)
         elif LOCAL == "mean":
-            o = o + (0.5 / N) * sum_rows(v_sum, first, parts, heads, D)[None, :]
+            o = o + mean[None, :]
         if OUTPUT == "l2":
             o = unit_rows(o)
         elif OUTPUT == "similarity":
-            # ½ + q·k/π summed over all keys, in the units of o.
-            keys = sum_rows(k_sum, first, parts, heads, D) / N
             o = o / (local_sum + tl.sum(q.to(tl.float32) * keys[None, :], 1) * context_scale)[:, None]
         if WINDOW > 0:
-            # A loop of the IR's own, so that the taps are summed in the layout that they are loaded in, and only the sum changes layout.
-            near_by = tl.zeros((BM, D), tl.float32)
-            for tap in tl.range(0, WINDOW, num_stages=1):
-                j = m + (tap - WINDOW // 2)
+            j = t * BM + beside
+            reached = (j >= prefix) & (j < N)
+            edges = tl.load(rows + j[:, None] * stride + i[None, :], mask=reached[:, None], other=0.0)
+            if PREFIX:
                 # A prefix token has no neighbours in the raster, and is nobody's.
-                seen = inside & ((j == m) | ((m >= prefix) & (j >= prefix) & (j < N)))
-                neighbour = tl.load(here + (tap - WINDOW // 2) * stride_v, mask=seen[:, None], other=0.0)
-                near_by += tl.load(conv + head * WINDOW + tap).to(tl.float32) * neighbour.to(tl.float32)
-            o = o + near_by
-        if EXPERTS == 2:
-            r = _difference(router, head * D + i, C)
-            lead += tl.sum(o * r[None, :], 1)
-        a = o.to(T)
-        acc = tl.dot(a, load_columns(w, n, head * D, C, C, D, T), acc, input_precision=PRECISION)
-        if EXPERTS == 2:
-            other = tl.dot(a, load_columns(w + C * C, n, head * D, C, C, D, T), other, input_precision=PRECISION)
-    base = picture.to(tl.int64) * N * C
-    if EXPERTS == 2:
-        second = lead > 0
-        acc = tl.where(second[:, None], other, acc)
-        tl.store(choice + picture.to(tl.int64) * N + m, second.to(tl.int8), mask=m < tl.where(pid % tiles_n == 0, N, 0))
-    if HAS_RESIDUAL:
-        residual = residual + base
-    acc = complete(acc, m, n, second, bias, residual, N, C, EXPERTS, False, False, HAS_BIAS, HAS_RESIDUAL)
-    store_tile(out + base, acc, m, n, N, C, context_scale, False)
+                raster = m >= prefix
+                alone = o + middle * own.to(tl.float32)
+                o = _times_parts(near, tl.load(here, mask=(inside & raster)[:, None], other=0.0), o, T, PRECISION)
+                o = tl.where(raster[:, None], _times_parts(far, edges, o, T, PRECISION), alone)
+            else:
+                o = _times_parts(near, own, o, T, PRECISION)
+                o = _times_parts(far, edges, o, T, PRECISION)
+        to = out + (picture.to(tl.int64) * N + m)[:, None] * C + (head * D + i)[None, :]
+        tl.store(to, o.to(T), mask=inside[:, None])

@@ -21,11 +21,11 @@ def encode(
     if norm_weight is not None:
         a = F.layer_norm(a, (width,), norm_weight.to(a.dtype), norm_bias.to(a.dtype), eps)
     y, choice = experts(a.reshape(-1, width), weight, bias, router)
-    merged = y.to(x.dtype).reshape(batch, tokens, y.shape[-1]).contiguous()[..., y.shape[-1] - width :]
+    merged = y.to(weight.dtype).reshape(batch, tokens, y.shape[-1]).contiguous()[..., y.shape[-1] - width :]
     y = y.reshape(batch, tokens, y.shape[-1] // width, heads, width // heads).permute(2, 0, 3, 1, 4)  # (2 or 3, B, h, N, d)
-    q, k, v = y[0], y[-2], y[-1].to(x.dtype)
+    q, k, v = y[0], y[-2], y[-1].to(weight.dtype)
     if codes == "float":
-        q, k = unit(q).to(x.dtype), unit(k).to(x.dtype)
+        q, k = unit(q).to(weight.dtype), unit(k).to(weight.dtype)
         queries = q.contiguous()
     else:
         levels = threshold if rule == "given" else (None, None)
@@ -72,7 +72,7 @@ def mix(
         o = o + token_convolution(values, conv.to(wide), prefix)
     y, choice = experts(o.transpose(1, 2).reshape(-1, width), weight, bias, router)
     y = y.reshape(v.shape)
-    return (y + residual if residual is not None else y).to(v.dtype), choice
+    return (y.to(v.dtype) if residual is None else (y + residual).to(residual.dtype)), choice
 
 
 def token_convolution(values: Float[Tensor, "B h N d"], conv: Float[Tensor, "h window"], prefix: int) -> Float[Tensor, "B h N d"]:
