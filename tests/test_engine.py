@@ -369,3 +369,15 @@ def test_nan_reaches_the_logits_of_its_image_only():
     x[1, 0, 0, 0] = float("nan")
     y = engine_of(converted("vit", "ours-quant-moe"))(x)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_large_batches_go_through_wide_steps_in_pieces(monkeypatch):
+    model, x = converted("pvt_v2", "ours-quant-moe"), images(5)
+    program = lower(model, torch.float32, SIZE)
+    whole = program.run(x, Launch("reference"))
+    widest = max(getattr(step, "inner_bytes", 0) for step in program.steps)
+    monkeypatch.setattr("shiftaddvit.engine.program.PIECE_BYTES", 2 * widest)
+    segments = list(program.segments())
+    assert segments[0][1] == 2 and len(segments) == 4 and sum(len(steps) for steps, _ in segments) == len(program.steps)
+    assert segments[-1][1] > 2 and all(getattr(steps[-1], "embeds", False) for steps, _ in segments[:-1])
+    assert torch.allclose(program.run(x, Launch("reference")), whole, atol=1e-5)

@@ -21,15 +21,15 @@ def deploy(
     device: torch.device | str | None = None,
     image_size: int | tuple[int, int] | None = None,
     backend: Backend = "auto",
-    pdl: bool = False,
+    pdl: bool | None = None,
     int8: bool = False,
     tune_seconds: float = 120.0,
 ) -> Engine:
     """An engine with the model's weights as they are now: `engine(images) -> logits (B, classes)` in float32.
 
     `batch_size` lists the batches that become CUDA graphs on a GPU. `dtype` is bfloat16 on a GPU and float32 on a CPU; `device` the
-    model's; `image_size` the one the model was made for. `backend` is that of every op. `pdl` overlaps kernel launches
-    (compute capability 9 and newer). `int8`, on a CPU: linears whose weights are exact in eight bits, as codes of four bits are, take
+    model's; `image_size` the one the model was made for. `backend` is that of every op. `pdl` overlaps kernel launches,
+    by default where the GPU can (compute capability 9 and newer); results are the same. `int8`, on a CPU: linears whose weights are exact in eight bits, as codes of four bits are, take
     inputs rounded to eight bits, at a scale of each image's own; `describe` says which. Kernels whose tiles nobody has measured on this
     kind of GPU are tuned first, for about `tune_seconds` at most, and the result is kept in the user's cache; 0 takes the tiles as they
     are. The model keeps its own weights, mode and device. UserError names a module that cannot be lowered, or an argument.
@@ -50,11 +50,12 @@ def deploy(
     if backend == "cpu" and not has_cpu_program(dtype):
         more = " and, on processors that multiply it, bfloat16" if dtype == torch.bfloat16 else ""
         raise UserError(f"backend 'cpu' computes in float32{more}, got {dtype}; use backend='auto'")
-    if pdl and (where.type != "cuda" or torch.cuda.get_device_capability(where) < (9, 0)):
+    overlaps = where.type == "cuda" and torch.cuda.get_device_capability(where) >= (9, 0)
+    if pdl and not overlaps:
         raise UserError(f"pdl=True needs a GPU of compute capability 9 or newer, the engine is on {where}")
     if tune_seconds < 0:
         raise UserError(f"tune_seconds must not be negative, got {tune_seconds}")
-    program, launch = lower(model, dtype, image_size, where), Launch(backend, pdl)
+    program, launch = lower(model, dtype, image_size, where), Launch(backend, overlaps and backend != "reference" if pdl is None else pdl)
     if where.type == "cuda" and tune_seconds > 0:
         tune_once(program, sizes, launch, tune_seconds)
     return Engine(program, sizes, launch, int8)

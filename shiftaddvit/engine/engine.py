@@ -87,6 +87,9 @@ class Engine:
             if self.cpu_program is not None:
                 self.cpu_program = prepare(self.program, self.int8)
             self._mark()
+            if self.device.type == "cuda":
+                # Overlapped kernels read weights before they wait for the kernel in front of them.
+                torch.cuda.synchronize(self.device)
 
     def replayer(self, batch: int) -> Callable[[], None]:
         """For timing alone: what replays the graph of a batch size on the images that its buffer holds, without lock or copies.

@@ -49,6 +49,11 @@ class ConvMlpStep:
     def fused(self) -> bool:
         return self.fc2.fusable and self.activation == "gelu"
 
+    @property
+    def inner_bytes(self) -> int:
+        """Hidden channels before the convolution and after it."""
+        return 2 * self.grid[0] * self.grid[1] * self.conv.shape[1] * self.conv.element_size()
+
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
         h = self.fc1.run(x, launch, self.norm)
         h = (torch.relu(h) if self.relu else h).to(self.conv.dtype)
@@ -88,6 +93,11 @@ class MlpStep:
     """Of the hidden channels."""
     fc2: Projection
     """Back."""
+
+    @property
+    def inner_bytes(self) -> int:
+        """Hidden channels."""
+        return self.tokens * self.fc2.weight.shape[-1] * self.fc2.weight.element_size()
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
         h = self.fc1.run(x, launch, self.norm, activation=self.activation)

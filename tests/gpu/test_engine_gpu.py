@@ -116,7 +116,8 @@ def test_programmatic_launches_change_nothing():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9")
     model, x = converted("pvt_v2", "ours-quant-moe"), images(2)
-    plain, overlapped = engine_of(model, batch_size=2), engine_of(model, batch_size=2, pdl=True)
+    plain, overlapped = engine_of(model, batch_size=2, pdl=False), engine_of(model, batch_size=2)
+    assert overlapped.launch.pdl and not plain.launch.pdl
     expected = plain(x)
     for _ in range(50):
         assert torch.equal(overlapped(x), expected)

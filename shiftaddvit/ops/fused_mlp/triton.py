@@ -30,7 +30,8 @@ def norm_tile(m: int, n: int, k: int, experts: int, norm: bool, dtype: torch.dty
     elif single:
         usual = Tile(tile.m, tile.n, 32, 8 if tile.m * tile.n * experts >= 64 * 128 else 4, 3)
     else:
-        usual = Tile(tile.m, tile.n, min(next_power(k), 64 if tokens else 256), 4, 4 if experts == 2 and tokens else 3)
+        # No chunk is padded where halves of it are not.
+        usual = Tile(tile.m, tile.n, min(next_power(k), (64 if k % 64 == 0 else 32) if tokens else 256), 4, 4 if experts == 2 and tokens else 3)
     bounds = {"m": (16, 128), "n": (32, min(256, widest)), "warps": (4, 8), "stages": (1, 5)}
     bounds |= {"k": (32, min(256, next_power(k)))} if not single else {} if whole else {"k": (32, 128)}
     return pick(device, key(f"{'norm_' if norm else ''}linear{experts}{precision(dtype)}", m, n, k), usual, **bounds)
