@@ -142,9 +142,10 @@ def test_a_cascade_starts_as_an_increasing_function_of_the_dense_outputs():
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_batch_mates_do_not_change_an_image_in_evaluation(norm):
-    model = reparameterize(pvt_v2(), replace(recipes["addernet"], adder=AdderConfig(norm))).eval()
+    # In double precision: how float32's convolutions round depends on the processor and the batch, and adders amplify it.
+    model, x = reparameterize(pvt_v2(), replace(recipes["addernet"], adder=AdderConfig(norm))).eval().double(), images(3).double()
     with torch.no_grad():
-        torch.testing.assert_close(model(images(3))[:1], model(images(3)[:1]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=1e-9, atol=1e-9)
 
 
 def test_addernet_leaves_groups_and_ends_and_says_so():

@@ -22,6 +22,7 @@ from shiftaddvit.layers.adder import AdderConfig
 from shiftaddvit.layers.attention import AngularConfig, BinaryConfig
 from shiftaddvit.layers.moe import MoEConfig
 from shiftaddvit.layers.shift import ShiftConfig
+from shiftaddvit.ops.conv_gelu import conv_gelu
 from shiftaddvit.reparam import Recipe
 
 FLOAT32 = 1e-4
@@ -371,13 +372,13 @@ def test_nan_reaches_the_logits_of_its_image_only():
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
-def test_large_batches_go_through_wide_steps_in_pieces(monkeypatch):
+def test_large_batches_go_through_wide_hidden_tensors_in_pieces(monkeypatch):
     model, x = converted("pvt_v2", "ours-quant-moe"), images(5)
     program = lower(model, torch.float32, SIZE)
     whole = program.run(x, Launch("reference"))
-    widest = max(getattr(step, "inner_bytes", 0) for step in program.steps)
-    monkeypatch.setattr("shiftaddvit.engine.program.PIECE_BYTES", 2 * widest)
-    segments = list(program.segments())
-    assert segments[0][1] == 2 and len(segments) == 4 and sum(len(steps) for steps, _ in segments) == len(program.steps)
-    assert segments[-1][1] > 2 and all(getattr(steps[-1], "embeds", False) for steps, _ in segments[:-1])
+    seen = []
+    monkeypatch.setattr("shiftaddvit.engine.mlp.conv_gelu", lambda h, *args, **more: seen.append(len(h)) or conv_gelu(h, *args, **more))
+    step = next(step for step in program.steps if step.name == "stages.0.blocks.0.mlp")
+    monkeypatch.setattr("shiftaddvit.engine.mlp.PIECE_BYTES", 2 * 2 * step.grid[0] * step.grid[1] * step.conv.shape[1] * 4)
     assert torch.allclose(program.run(x, Launch("reference")), whole, atol=1e-5)
+    assert seen[:3] == [2, 2, 1] and 5 in seen

@@ -164,8 +164,9 @@ def test_projector_finds_the_pixel_itself():
     rays = camera_rays(scene.camera(1), 1.0, 2.0)
     seen = look_up((rays.origin + 3 * rays.direction)[:, None], rays.origin, bank.select([0]))
     expected = scene.images[1].reshape(-1, 3).float() / 255
-    inner = seen.mask[:, 0, 0, 0] > 0  # the outermost pixels may round to just outside
-    assert inner.float().mean() > 0.9
+    inner = seen.mask[:, 0, 0, 0] > 0
+    # The outermost pixels may round to just outside, on some processors all of them.
+    assert inner.reshape(scene.images[1].shape[:2])[1:-1, 1:-1].all()
     assert torch.allclose(seen.values[inner, 0, 0], expected[inner], atol=1e-3)
     assert torch.allclose(seen.ray_diff[..., 3], torch.ones(()), atol=1e-4), "same direction: dot product 1"
     behind = look_up((rays.origin - 3 * rays.direction)[:, None], rays.origin, bank.select([0]))

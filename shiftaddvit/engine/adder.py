@@ -1,7 +1,6 @@
 """Adder layers as parts of steps: L1 distances and their norm, in float32, alone or behind a shift layer."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -120,8 +119,6 @@ class EmbedSequence:
     """Class, distillation and register tokens."""
     position: Float[Tensor, "tokens out"] | None
     """Added to all tokens."""
-
-    embeds: ClassVar[bool] = True
 
     def run(self, x: Tensor, launch: Launch) -> Float[Tensor, "B N out"]:
         dtype = x.dtype

@@ -209,20 +209,15 @@ def time_repeated(call: Callable[[], object], seconds: float = 0.7) -> Timing:
 
 @torch.no_grad()
 def step_times(engine: Engine, images: Tensor, seconds: float = 0.05) -> list[dict]:
-    """Time of every step alone, by graph replay over rotating inputs: where the time goes. Where the batch goes through in pieces, the time
-    is that of one piece times their number."""
+    """Time of every step alone, by graph replay over rotating inputs: where the time goes."""
     program, launch = engine.program, engine.launch
     x, rows = images.to(engine.dtype), []
-    for steps, most in program.segments():
-        pieces, x = -(-len(images) // most), x[:most]
-        for step in steps:
-            inputs = [(x,), *((x.clone(),) for _ in range(min(8, copies_for([x])) - 1))]
-            timing = asdict(time_call(partial(step.run, launch=launch), inputs, seconds, least_calls=8))
-            timing |= {name: pieces * timing[name] for name in ("median_us", "low_us", "high_us")}
-            about = step.about()
-            rows.append({"step": step.name, "ops": about.ops, "shape": about.shape, "fused": about.fused, "pieces": pieces} | timing)
-            x = step.run(x, launch)
-        x = x.repeat(pieces, *(1 for _ in x.shape[1:]))[: len(images)]
+    for step in program.steps:
+        inputs = [(x,), *((x.clone(),) for _ in range(min(8, copies_for([x])) - 1))]
+        timing = time_call(partial(step.run, launch=launch), inputs, seconds, least_calls=8)
+        about = step.about()
+        rows.append({"step": step.name, "ops": about.ops, "shape": about.shape, "fused": about.fused} | asdict(timing))
+        x = step.run(x, launch)
     return rows
 
 

@@ -1,7 +1,6 @@
 """Patch embeddings and the spatial reduction of keys and values: convolution, norm, class tokens and positions."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -45,8 +44,6 @@ class EmbedStep:
     """Position embeddings of all tokens."""
     primitive: str = "mult"
     """What the convolution's products are."""
-
-    embeds: ClassVar[bool] = True
 
     def run(self, x: Tensor, launch: Launch) -> Float[Tensor, "B N C"]:
         return patch_embed(

@@ -19,6 +19,9 @@ from .adder import lower_projection
 from .program import About, Launch
 from .weights import Activation, Norm, Preparation, Projection, activate, activation_of, convolution, norm_of, routed
 
+PIECE_BYTES = 224 << 20
+"""The hidden tensors before and after a convolution may take about so much memory; larger batches go through in pieces."""
+
 
 @dataclass(frozen=True)
 class ConvMlpStep:
@@ -49,12 +52,15 @@ class ConvMlpStep:
     def fused(self) -> bool:
         return self.fc2.fusable and self.activation == "gelu"
 
-    @property
-    def inner_bytes(self) -> int:
-        """Hidden channels before the convolution and after it."""
-        return 2 * self.grid[0] * self.grid[1] * self.conv.shape[1] * self.conv.element_size()
-
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
+        image = 2 * self.grid[0] * self.grid[1] * self.conv.shape[1] * self.conv.element_size()
+        # A power of two, so that few shapes of launches come of it.
+        most = 1 << max(0, (PIECE_BYTES // image).bit_length() - 1)
+        if len(x) <= most:
+            return self._run(x, launch)
+        return torch.cat([self._run(part, launch) for part in x.split(most)])
+
+    def _run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
         h = self.fc1.run(x, launch, self.norm)
         h = (torch.relu(h) if self.relu else h).to(self.conv.dtype)
         if self.activation == "gelu":
@@ -93,11 +99,6 @@ class MlpStep:
     """Of the hidden channels."""
     fc2: Projection
     """Back."""
-
-    @property
-    def inner_bytes(self) -> int:
-        """Hidden channels."""
-        return self.tokens * self.fc2.weight.shape[-1] * self.fc2.weight.element_size()
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
         h = self.fc1.run(x, launch, self.norm, activation=self.activation)

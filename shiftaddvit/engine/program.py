@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -11,9 +10,6 @@ from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.ops.backends import Backend
-
-PIECE_BYTES = 224 << 20
-"""What lies between the kernels of one step may take about so much memory; larger batches go through such steps in pieces."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +37,7 @@ class About:
 
 
 class Step(Protocol):
-    """A frozen dataclass: a name, weights, and a pure function of tokens. Steps with a hidden tensor much wider than their tokens have
-    `inner_bytes`, what lies between their kernels for one image; those that make a new grid of tokens say `embeds`."""
+    """A frozen dataclass: a name, weights, and a pure function of tokens."""
 
     name: str
 
@@ -74,20 +69,9 @@ class Program:
     def run(self, images: Float[Tensor, "B I H W"], launch: Launch = Launch()) -> Float[Tensor, "B K"]:
         """float32 logits."""
         x = images
-        for steps, most in self.segments():
-            if self.mixes_images or len(x) <= most:
-                x = _through(steps, x, launch)
-            else:
-                x = torch.cat([_through(steps, part, launch) for part in x.split(most)])
+        for step in self.steps:
+            x = step.run(x, launch)
         return x
-
-    def segments(self) -> Iterator[tuple[tuple[Step, ...], int]]:
-        """Steps up to and with the next embedding, where tokens are fewest, and how many images may go through them at a time."""
-        ends = [number + 1 for number, step in enumerate(self.steps) if number and getattr(step, "embeds", False)]
-        for first, end in pairwise([0, *ends, len(self.steps)]):
-            widest = max((getattr(step, "inner_bytes", 0) for step in self.steps[first:end]), default=0)
-            # A power of two, so that few shapes of launches come of it.
-            yield self.steps[first:end], 1 << max(0, (PIECE_BYTES // max(widest, 1)).bit_length() - 1)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every prepared weight."""
@@ -112,12 +96,6 @@ class Program:
             raise UserError(f"cannot reload: the new model has {len(other.steps)} steps, this engine {len(self.steps)}; deploy it anew")
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs)
-
-
-def _through(steps: tuple[Step, ...], x: Tensor, launch: Launch) -> Tensor:
-    for step in steps:
-        x = step.run(x, launch)
-    return x
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:

@@ -82,18 +82,13 @@ def walks_of(program: Program, batches: tuple[int, ...], launch: Launch = Launch
     found: dict[str, Walk] = {}
     for batch in batches:
         x = torch.zeros(batch, program.channels, *program.image_size, dtype=program.dtype, device=program.device)
-        number = 0
-        for steps, most in program.segments():
-            # As many images as the program takes through these steps at a time.
-            x = x.new_zeros(min(batch, most), *x.shape[1:])
-            for step in steps:
-                shape = tuple(x.shape)
-                with tiling.listen() as heard:
-                    x = step.run(x, launch)
-                for problem, choice in heard.items():
-                    if problem not in found and (measured_too or tiling.tuned(program.device, problem) is None):
-                        found[problem] = Walk(problem, number, shape, choice.bounds, choice.tile)
-                number += 1
+        for number, step in enumerate(program.steps):
+            shape = tuple(x.shape)
+            with tiling.listen() as heard:
+                x = step.run(x, launch)
+            for problem, choice in heard.items():
+                if problem not in found and (measured_too or tiling.tuned(program.device, problem) is None):
+                    found[problem] = Walk(problem, number, shape, choice.bounds, choice.tile)
     return list(found.values())
 
 

@@ -26,7 +26,8 @@ def experts(
     bias: Float[Tensor, "E N"] | None,
     router: Float[Tensor, "E K"] | Float[Tensor, "16 K"] | None,
 ) -> tuple[Float[Tensor, "M N"], Int8[Tensor, "M"]]:
-    """Every row through the expert with the largest router logit (the first on a tie), and which one it was."""
+    """Every row, rounded to the weights' dtype, through the expert with the largest router logit (the first on a tie), and which it was."""
+    a = a.to(weight.dtype).to(a.dtype)
     y = torch.einsum("mk,enk->men", a, weight.to(a.dtype))
     if bias is not None:
         y = y + bias.to(a.dtype)

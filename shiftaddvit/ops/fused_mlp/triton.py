@@ -22,16 +22,16 @@ def norm_tile(m: int, n: int, k: int, experts: int, norm: bool, dtype: torch.dty
     """For `norm_linear`; `k` ≥ the row where the whole row is kept, which spares a norm its own kernel."""
     single, widest, tokens = dtype == torch.float32, next_power(n), m > 16 * processors(device)
     whole = k <= (WHOLE_SINGLE_ROWS if single else (WHOLE_ROWS if norm and not (tokens and k > 64) else 64))
-    # Chunks of two experts have two sums: half the columns.
-    columns = 64 if experts == 2 and (single or not whole) else 128
+    # Chunks of two experts have two sums: half the columns, unless the chunks are short.
+    columns = 64 if experts == 2 and (single or not (whole or norm)) else 128
     tile = fill(Tile(m=64 if tokens or k > 128 else 32, n=min(columns, widest), k=16), m, n, device)
     if whole:
         usual = Tile(tile.m, tile.n, next_power(k), 8 if single and experts == 2 else 4)
     elif single:
         usual = Tile(tile.m, tile.n, 32, 8 if tile.m * tile.n * experts >= 64 * 128 else 4, 3)
     else:
-        # No chunk is padded where halves of it are not.
-        usual = Tile(tile.m, tile.n, min(next_power(k), (64 if k % 64 == 0 else 32) if tokens else 256), 4, 4 if experts == 2 and tokens else 3)
+        chunk = 256 if not tokens else 32 if norm and experts == 2 else 64
+        usual = Tile(tile.m, tile.n, min(next_power(k), chunk), 4, 4 if experts == 2 and tokens and not norm else 3)
     bounds = {"m": (16, 128), "n": (32, min(256, widest)), "warps": (4, 8), "stages": (1, 5)}
     bounds |= {"k": (32, min(256, next_power(k)))} if not single else {} if whole else {"k": (32, 128)}
     return pick(device, key(f"{'norm_' if norm else ''}linear{experts}{precision(dtype)}", m, n, k), usual, **bounds)

@@ -21,7 +21,8 @@ def encode(
     if norm_weight is not None:
         a = F.layer_norm(a, (width,), norm_weight.to(a.dtype), norm_bias.to(a.dtype), eps)
     y, choice = experts(a.reshape(-1, width), weight, bias, router)
-    merged = y.to(weight.dtype).reshape(batch, tokens, y.shape[-1]).contiguous()[..., y.shape[-1] - width :]
+    rows = y.to(weight.dtype)
+    merged, y = rows.reshape(batch, tokens, y.shape[-1]).contiguous()[..., y.shape[-1] - width :], rows.to(y.dtype)
     y = y.reshape(batch, tokens, y.shape[-1] // width, heads, width // heads).permute(2, 0, 3, 1, 4)  # (2 or 3, B, h, N, d)
     q, k, v = y[0], y[-2], y[-1].to(weight.dtype)
     if codes == "float":
