@@ -116,8 +116,8 @@ def matshift():
 STAGES = ((56, 32, 256), (28, 64, 512), (14, 160, 640), (7, 256, 1024))
 
 
-def fused_mlp():
-    from shiftaddvit.ops.fused_mlp import triton as kernels
+def norm_linear():
+    from shiftaddvit.ops.norm_linear import triton as kernels
 
     single, half = torch.float32, torch.float16
     for batch in (1, 32, 256):
@@ -236,9 +236,9 @@ def adder():
 
 def float32():
     """Operands twice as large, three products for one: what fits the shared memory only in tiles of its own."""
-    from shiftaddvit.ops.fused_mlp import triton as mlp
     from shiftaddvit.ops.matadd import triton as matadd
     from shiftaddvit.ops.moe_linear import triton as moe
+    from shiftaddvit.ops.norm_linear import triton as mlp
     from shiftaddvit.ops.patch_embed import triton as patch
 
     m = lambda *shape: meta(*shape, dtype=torch.float32)  # noqa: E731
@@ -330,7 +330,7 @@ def gnt():
 
 OPS = {
     "matshift": matshift,
-    "fused_mlp": fused_mlp,
+    "norm_linear": norm_linear,
     "conv_gelu": conv_gelu,
     "linear_attention": linear_attention,
     "moe_linear": moe_linear,
@@ -358,7 +358,6 @@ REPRESENTATIVE = (
 
 def main(names: list[str]) -> None:
     from shiftaddvit.ops import tiling
-
     from shiftaddvit.ops.patch_embed import triton as patch
 
     tiling.processors = patch.processors = lambda device: 132

@@ -12,6 +12,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.layers.packed import PackedShiftLinear
 from shiftaddvit.layers.shift import ShiftLinear
 from shiftaddvit.ops.layer_norm import layer_norm
+from shiftaddvit.ops.norm_linear import norm_linear
 
 from .program import About, Launch
 from .weights import Norm, Preparation, matrix
@@ -51,7 +52,11 @@ class HeadStep:
             x = x.float()
             x = self._pooled(self.norm.run(x) if self.norm else x)
         x = self.pooled_norm.run(x) if self.pooled_norm else x
-        return x if self.weight is None else F.linear(x, self.weight, self.bias)
+        if self.weight is None:
+            return x
+        if x.is_cuda and launch.backend != "reference":
+            return norm_linear(x, self.weight, self.bias, pdl=launch.pdl, backend=launch.backend)[0]
+        return F.linear(x, self.weight, self.bias)
 
     @property
     def fused(self) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.moe import MoEMlp
 from shiftaddvit.ops.conv_gelu import conv_gelu
-from shiftaddvit.ops.fused_mlp import norm_linear, route_rows
 from shiftaddvit.ops.moe_linear import moe_linear
+from shiftaddvit.ops.norm_linear import norm_linear, route_rows
 
 from .adder import lower_projection
 from .program import About, Launch

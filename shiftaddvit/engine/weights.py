@@ -17,8 +17,8 @@ from shiftaddvit.layers.moe import MoELinear
 from shiftaddvit.layers.packed import PackedShiftConv2d, PackedShiftLinear
 from shiftaddvit.layers.shift import ShiftConv2d, ShiftLinear
 from shiftaddvit.numerics import fixed_point
-from shiftaddvit.ops.fused_mlp import norm_linear, route_rows
 from shiftaddvit.ops.matshift import formats
+from shiftaddvit.ops.norm_linear import norm_linear, route_rows
 
 from .program import Launch
 

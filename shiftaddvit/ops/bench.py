@@ -16,7 +16,7 @@ from .timing import ceilings, copies_for, failure_noted, time_call
 
 CASES: dict[str, Callable[[tuple[int, ...]], Iterator[Case]]] = {
     "matshift": matshift_cases,
-    "fused_mlp": mlp_cases,
+    "mlp": mlp_cases,
     "linear_attention": attention_cases,
     "moe_linear": moe_cases,
     "matadd": matadd_cases,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .bench_cases import Case, normal
 from .conv_gelu import conv_gelu
-from .fused_mlp import norm_linear, route_rows
 from .linear_attention import attention_encode, attention_mix
+from .norm_linear import norm_linear, route_rows
 from .patch_embed import flatten_weight, patch_embed
 
 B0 = ((56, 32, 256, 1), (28, 64, 512, 2), (14, 160, 640, 5), (7, 256, 1024, 8))
@@ -30,7 +30,8 @@ class Block:
         self.fc2, self.fc2_bias = self._linear(c, hidden)
         two = experts == 2
         self.narrow, self.merged, self.wide = (normal(2, width) if two else None for width in (c, c, hidden))
-        self.narrow_rows, self.wide_rows = (route_rows(router, _HALF) if two else None for router in (self.narrow, self.wide))
+        rows = (route_rows(router, _HALF) if two else None for router in (self.narrow, self.merged, self.wide))
+        self.narrow_rows, self.merged_rows, self.wide_rows = rows
         self.taps, self.taps_bias = normal(9, hidden, dtype=_HALF, scale=0.3), normal(hidden)
         self.filters = self.taps.t().reshape(hidden, 1, 3, 3).to(_HALF)
         self.token_conv = normal(heads, 9, scale=0.3)
@@ -48,12 +49,9 @@ class Block:
         return norm_linear(a, self.fc2.to(h.dtype), self.fc2_bias, router=router, residual=x, backend=backend)[0]
 
     def attention(self, x: Tensor, backend: str = "auto") -> Tensor:
-        encoded = attention_encode(
-            x, self.qkv.to(x.dtype), self.heads, self.qkv_bias, self.norm, 1e-5, self.narrow, backend=backend
-        )
-        return attention_mix(
-            encoded, self.proj.to(x.dtype), self.proj_bias, self.merged, x, self.token_conv, backend=backend
-        )[0]
+        first, second = (self.narrow_rows, self.merged_rows) if x.dtype == _HALF else (self.narrow, self.merged)
+        encoded = attention_encode(x, self.qkv.to(x.dtype), self.heads, self.qkv_bias, self.norm, 1e-5, first, backend=backend)
+        return attention_mix(encoded, self.proj.to(x.dtype), self.proj_bias, second, x, self.token_conv, backend=backend)[0]
 
     def stock_first(self, x: Tensor) -> Tensor:
         return F.linear(self._stock_norm(x), self.fc1[0], self.fc1_bias[0].half())
@@ -89,7 +87,7 @@ def mlp_cases(batches: tuple[int, ...]) -> Iterator[Case]:
             for experts in (1, 2):
                 block = Block(side, c, hidden, heads, experts)
                 yield Case(
-                    "fused_mlp",
+                    "mlp",
                     f"LN + fc1 x{experts} ({m},{c}->{hidden})",
                     lambda b=batch, n=n, c=c: (normal(b, n, c, dtype=_HALF),),
                     lambda x, f=block: f.first(x.float(), "reference"),
@@ -99,7 +97,7 @@ def mlp_cases(batches: tuple[int, ...]) -> Iterator[Case]:
                     3e-2,
                 )
                 yield Case(
-                    "fused_mlp",
+                    "mlp",
                     f"depthwise + GELU + fc2 x{experts} ({m},{hidden}->{c})",
                     lambda b=batch, n=n, c=c, k=hidden: (normal(b, n, k, dtype=_HALF), normal(b, n, c, dtype=_HALF)),
                     lambda h, x, f=block: f.second(h.float(), x.float(), backend="reference"),

@@ -11,12 +11,12 @@ from ops_checks import error, poisoned_outputs, random_codes
 
 from shiftaddvit.ops.adder import adder_linear
 from shiftaddvit.ops.conv_gelu import conv_gelu
-from shiftaddvit.ops.fused_mlp import norm_linear
 from shiftaddvit.ops.layer_norm import layer_norm
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 from shiftaddvit.ops.matadd import key_value, pack_codes, query_context
 from shiftaddvit.ops.matshift import formats, matshift, matshift_int8
 from shiftaddvit.ops.moe_linear import moe_linear, routed_linear
+from shiftaddvit.ops.norm_linear import norm_linear
 from shiftaddvit.ops.patch_embed import patch_embed
 from shiftaddvit.ops.softmax_attention import softmax_attention
 

@@ -68,7 +68,7 @@ def _gelu(x, FAST: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def conv_gelu_kernel(
     h, h_scale, conv, conv_bias, out, H, W, C, bands, strips, HAS_SCALE: tl.constexpr, FAST: tl.constexpr, HALF: tl.constexpr,
-    PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of BM columns and BC channels of one picture."""
     blocks = tl.cdiv(C, BC)
@@ -91,11 +91,17 @@ def conv_gelu_kernel(
     above = shift
     here = shift
     left, middle, right = _row(rows, first - 1, x, cs, H, W, C)
+    if AHEAD == 2:
+        left2, middle2, right2 = _row(rows, first, x, cs, H, W, C)
     for r in tl.range(0, ROWS + 2, num_stages=1):
         y = first - 1 + r
         l, m, n = left, middle, right
-        # The next row is on its way while this one is added.
-        left, middle, right = _row(rows, y + 1, x, cs, H, W, C)
+        # The next rows are on their way while this one is added.
+        if AHEAD == 2:
+            left, middle, right = left2, middle2, right2
+            left2, middle2, right2 = _row(rows, y + 2, x, cs, H, W, C)
+        else:
+            left, middle, right = _row(rows, y + 1, x, cs, H, W, C)
         total = _add(above, l, m, n, c0, c1, c2, HALF)
         above = _add(here, l, m, n, b0, b1, b2, HALF)
         here = _add(shift, l, m, n, a0, a1, a2, HALF)
@@ -108,14 +114,14 @@ def conv_gelu_kernel(
 
 
 def conv_tile(pictures: int, height: int, width: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """`m` columns, `n` channels, `k` rows of a program at most."""
+    """`m` columns, `n` channels, `k` rows of a program at most; `stages` rows are loaded ahead."""
     problem = key(f"conv_gelu{precision(dtype)}", pictures * height * width, width, channels)
     m = 16 if 8 < width <= 16 else 8
     n = min(64 if pictures == 1 else 128, next_power(channels))
     k = 16
     while k > 2 and pictures * -(-height // k) * -(-width // m) * -(-channels // n) < 4 * processors(device):
         k //= 2
-    bounds = {"m": (2, 32), "n": (32, min(256, next_power(channels))), "k": (1, 16), "warps": (1, 8)}
+    bounds = {"m": (2, 32), "n": (32, min(256, next_power(channels))), "k": (1, 16), "warps": (1, 8), "stages": (1, 2)}
     return pick(device, problem, Tile(m, n, k, max(1, m * n // 256)), **bounds)
 
 
@@ -133,6 +139,6 @@ def conv_gelu(
     conv_gelu_kernel[(pictures * bands * strips * -(-channels // tile.n),)](
         h, h_scale, conv_weight, conv_bias, out, height, width, channels, bands, strips, HAS_SCALE=h_scale is not None,
         FAST=conv_weight.dtype != torch.float32 and not interpreting(), HALF=h.dtype == torch.float16 and not interpreting(), PDL=pdl,
-        BM=tile.m, BC=tile.n, ROWS=-(-height // bands), num_warps=tile.warps, **flags,
+        BM=tile.m, BC=tile.n, ROWS=-(-height // bands), AHEAD=tile.stages, num_warps=tile.warps, **flags,
     )  # fmt: skip
     return out

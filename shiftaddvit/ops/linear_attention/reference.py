@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..bits import pack_bits, unpack_bits
-from ..fused_mlp.reference import experts
+from ..norm_linear.reference import experts
 
 
 def encode(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..fused_mlp.triton import norm_linear
+from ..norm_linear.triton import norm_linear
 from ..tiling import Tile, key, next_power, pick, precision, processors
 from .kernels import apply_kernel, context_kernel
 

@@ -159,7 +159,7 @@ def _routed_linear(x, router, weight, bias, dispatch, backend):
 
         choice, order, firsts = kernels.order_rows(x, None, router)
         return kernels.partition(x, order, firsts, None, weight, bias), choice
-    from ..fused_mlp.triton import norm_linear
+    from ..norm_linear.triton import norm_linear
 
     return norm_linear(x, None, None, 0.0, weight, bias, router, None, None, "none")
 

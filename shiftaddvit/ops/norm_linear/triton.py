@@ -7,7 +7,7 @@ from torch import Tensor
 from ..backends import interpreting
 from ..layer_norm.triton import layer_norm
 from ..tiling import Tile, fill, key, next_power, pick, precision, processors
-from .norm_linear_kernels import norm_linear_kernel, wide_linear_kernel
+from .kernels import norm_linear_kernel, wide_linear_kernel
 from .reference import route_rows
 
 WHOLE_ROWS = 256

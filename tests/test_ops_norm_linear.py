@@ -7,7 +7,7 @@ from ops_checks import error, poisoned_outputs
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.ops.conv_gelu import conv_gelu
-from shiftaddvit.ops.fused_mlp import norm_linear, route_rows
+from shiftaddvit.ops.norm_linear import norm_linear, route_rows
 
 BACKENDS = ("reference", "triton")
 
