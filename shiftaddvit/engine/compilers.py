@@ -104,4 +104,3 @@ def main(file: str, device: str) -> None:
         values = json.loads(line)
         compile_job(program, launch, Job(values["step"], tuple(values["shape"]), values["problem"], Tile(**values["tile"])))
         print("done", flush=True)
-

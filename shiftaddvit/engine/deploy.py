@@ -28,9 +28,9 @@ def deploy(
     """An engine with the model's weights as they are now: `engine(images) -> logits (B, classes)` in float32.
 
     `batch_size` lists the batches that become CUDA graphs on a GPU. `dtype` is bfloat16 on a GPU and float32 on a CPU; `device` the
-    model's; `image_size` the one the model was made for. `backend` is that of every op. `pdl` overlaps kernel launches,
-    by default where the GPU can (compute capability 9 and newer); results are the same. `int8`, on a CPU: linears whose weights are exact in eight bits, as codes of four bits are, take
-    inputs rounded to eight bits, at a scale of each image's own; `describe` says which. Kernels whose tiles nobody has measured on this
+    model's; `image_size` the one the model was made for. `backend` is that of every op. `pdl` overlaps kernel launches, by
+    default where the GPU can (compute capability 9 and newer); results are the same. `int8`, on a CPU: linears whose weights are exact in
+    eight bits, as codes of four bits are, take inputs rounded to eight bits, at a scale of each image's own; `describe` says which. Kernels whose tiles nobody has measured on this
     kind of GPU are tuned first, for about `tune_seconds` at most, and the result is kept in the user's cache; 0 takes the tiles as they
     are. The model keeps its own weights, mode and device. UserError names a module that cannot be lowered, or an argument.
     """

@@ -52,25 +52,6 @@ def normalised_rows(x, inside, width, eps):
 
 
 @triton.jit
-def row_statistics(rows, row_inside, width, eps, BM: tl.constexpr, BK: tl.constexpr):
-    """Mean and 1/√(var + eps) of rows too wide for one tile: chunks' means and squared differences, combined exactly (Chan)."""
-    mean = tl.zeros((BM,), tl.float32)
-    squares = tl.zeros((BM,), tl.float32)
-    for k in tl.range(0, width, BK, num_stages=1):
-        ks = k + tl.arange(0, BK)
-        inside = row_inside[:, None] & (ks[None, :] < width)
-        x = tl.load(rows + ks[None, :], mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(width - k, BK).to(tl.float32)
-        part_mean = tl.sum(x, 1) / count
-        centred = tl.where(inside, x - part_mean[:, None], 0.0)
-        step = part_mean - mean
-        before = k * 1.0
-        squares += tl.sum(centred * centred, 1) + step * step * (before * count / (before + count))
-        mean += step * (count / (before + count))
-    return mean, tl.rsqrt(squares / width + eps)
-
-
-@triton.jit
 def load_columns(matrix, n, k, N, K, BK: tl.constexpr, T: tl.constexpr):
     """The (BK, len(n)) tile of the transpose of a row-major (N, K) matrix that starts at column k."""
     ks = k + tl.arange(0, BK)

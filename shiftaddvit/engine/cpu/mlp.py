@@ -10,19 +10,7 @@ from torch import Tensor
 from ..mlp import ConvMlpStep, MlpStep, RoutedMlpStep
 from ..weights import Activation, activate
 from .linear import (
-    Dense,
-    Linear,
-    biases,
-    both_experts,
-    crossing,
-    linear,
-    normalised,
-    routes,
-    second,
-    selected,
-    sorted_by_expert,
-    stacked_experts,
-    widened,
+    Dense, Linear, biases, both_experts, crossing, linear, normalised, routes, second, selected, sorted_by_expert, stacked_experts, widened,
 )  # fmt: skip
 from .onednn import convolve_blocked, convolve_tokens, onednn, packed, to_blocked, tokens_of
 
