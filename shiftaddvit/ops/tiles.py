@@ -7,13 +7,14 @@ import triton.language as tl
 GELU_A = tl.constexpr(0.7975008076)
 GELU_B = tl.constexpr(0.0370120836)
 GELU_C = tl.constexpr(-0.000352562296)
+GELU_LIMIT = tl.constexpr(36.0)
 
 
 @triton.jit
 def gelu(x, FAST: tl.constexpr):
     """GELU of float32: exact with erf, or with one hardware tanh (relative error 2^-11), enough for half-precision results."""
     if FAST:
-        square = tl.minimum(x * x, 36.0)
+        square = tl.minimum(x * x, GELU_LIMIT)
         t = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;",
             "=f,f",

@@ -1,14 +1,30 @@
 """The depthwise convolution as a walk down the picture: every row is loaded once for each of its three columns of neighbours, and adds to
 the sums of three rows of outputs, so that nine products take three loads. float16 is summed two channels an instruction."""
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backends import interpreting
-from ..tiles import gelu, wait_for_inputs
+from ..tiles import GELU_A, GELU_B, GELU_C, GELU_LIMIT, gelu, wait_for_inputs
 from ..tiling import Tile, key, next_power, pick, precision, processors
+
+
+def _twice(value: float) -> str:
+    """A float16 in both halves of a word."""
+    return f"{int.from_bytes(struct.pack('<e', value), 'little') * 0x10001:#010x}"
+
+
+HALF_GELU = tl.constexpr(
+    "{ .reg .b32 s, t, c; mul.rn.f16x2 s, $1, $1; "
+    f"mov.b32 c, {_twice(GELU_LIMIT.value)}; min.f16x2 s, s, c; "
+    f"mov.b32 c, {_twice(GELU_C.value)}; mov.b32 t, {_twice(GELU_B.value)}; fma.rn.f16x2 t, s, c, t; "
+    f"mov.b32 c, {_twice(GELU_A.value)}; fma.rn.f16x2 t, s, t, c; mul.rn.f16x2 t, t, $1; tanh.approx.f16x2 t, t; "
+    f"mov.b32 c, {_twice(0.5)}; mul.rn.f16x2 s, $1, c; fma.rn.f16x2 $0, s, t, s; }}"
+)
 
 
 @triton.jit
@@ -52,9 +68,7 @@ def _gelu(x, FAST: tl.constexpr, HALF: tl.constexpr):
     """`tiles.gelu`; HALF: the same polynomial and tanh in float16, two at a time (absolute error about 2^-11 · |x|)."""
     if HALF:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t, c; mul.rn.f16x2 s, $1, $1; mov.b32 c, 0x50805080; min.f16x2 s, s, c; mov.b32 c, 0x8dc78dc7; mov.b32 t, 0x28bd28bd; "
-            "fma.rn.f16x2 t, s, c, t; mov.b32 c, 0x3a613a61; fma.rn.f16x2 t, s, t, c; mul.rn.f16x2 t, t, $1; tanh.approx.f16x2 t, t; "
-            "mov.b32 c, 0x38003800; mul.rn.f16x2 s, $1, c; fma.rn.f16x2 $0, s, t, s; }",
+            HALF_GELU,
             "=r,r",
             [x],
             dtype=tl.float16,
