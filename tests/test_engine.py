@@ -17,11 +17,12 @@ import shiftaddvit as sav
 from shiftaddvit.engine import Engine, Launch, Program, deploy, lower
 from shiftaddvit.engine.cpu.program import prepare
 from shiftaddvit.engine.engine import largest_fitting
+from shiftaddvit.engine.weights import Preparation
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.adder import AdderConfig
 from shiftaddvit.layers.attention import AngularConfig, BinaryConfig
 from shiftaddvit.layers.moe import MoEConfig
-from shiftaddvit.layers.shift import ShiftConfig
+from shiftaddvit.layers.shift import ShiftConfig, ShiftLinear
 from shiftaddvit.ops.conv_gelu import conv_gelu
 from shiftaddvit.reparam import Recipe
 
@@ -382,3 +383,37 @@ def test_large_batches_go_through_wide_hidden_tensors_in_pieces(monkeypatch):
     monkeypatch.setattr("shiftaddvit.engine.mlp.PIECE_BYTES", 2 * 2 * step.grid[0] * step.grid[1] * step.conv.shape[1] * 4)
     assert torch.allclose(program.run(x, Launch("reference")), whole, atol=1e-5)
     assert seen[:3] == [2, 2, 1] and 5 in seen
+
+
+def test_float16_between_residuals_only_where_weights_leave_room():
+    gpu, cpu = Preparation(torch.bfloat16, torch.device("cuda")), Preparation(torch.bfloat16, torch.device("cpu"))
+    layer = nn.Linear(4, 4)
+    assert gpu.inside(layer).dtype == torch.float16 and gpu.inside(layer).notes is gpu.notes
+    assert cpu.inside(layer).dtype == torch.bfloat16, "a CPU multiplies bfloat16 faster"
+    assert Preparation(torch.float32, gpu.device).inside(layer).dtype == torch.float32
+    with torch.no_grad():
+        layer.weight[0, 0] = 900
+    assert gpu.inside(layer).dtype == torch.float16
+    assert gpu.inside(layer, torch.full((4,), 2.0)).dtype == torch.bfloat16, "LayerScale multiplies the weights"
+    shift = ShiftLinear.from_linear(nn.Linear(16, 8), ShiftConfig())
+    packed = sav.pack(nn.Sequential(shift))
+    assert gpu.inside(packed).dtype == torch.float16
+    with torch.no_grad():
+        packed[0].weight.fill_(2048)
+    assert gpu.inside(packed).dtype == torch.bfloat16, "the weight in use, not a parameter"
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("pvt_v2", recipe) for recipe in RECIPES] + [("pvt_v1", "ours-quant-moe"), ("vit", "ours-quant-moe")])
+@torch.no_grad()
+def test_a_program_of_two_half_precisions_is_as_near_as_one(family, recipe, monkeypatch):
+    """What a GPU's bfloat16 engine computes, by its references: float16 between residuals, bfloat16 along them."""
+    model, x = converted(family, recipe), images(4)
+    expected = model(x)
+    one = lower(model, torch.bfloat16, SIZE).run(x.bfloat16(), Launch("reference"))
+    seen = []
+    monkeypatch.setattr(Preparation, "inside", lambda self, module, scale=None: seen.append(module) or replace(self, dtype=torch.float16))
+    two = lower(model, torch.bfloat16, SIZE).run(x.bfloat16(), Launch("reference"))
+    assert seen and two.dtype == torch.float32 and torch.isfinite(two).all()
+    off = [float((y - expected).norm() / expected.norm()) for y in (two, one)]
+    # Codes and routes within rounding of their thresholds move four images' logits by up to 5e-2.
+    assert recipe in ADDERS or off[0] < max(8e-2, 2 * off[1]), off

@@ -49,7 +49,7 @@ def _refuse_extras(module: TimmAttention, name: str) -> None:
 
 
 def _plain(module, heads, before: Norm, name, tokens, prep, scale, q_norm: Norm | None, k_norm: Norm | None) -> SoftmaxAttentionStep:
-    inside = prep.inside(module)
+    inside = prep.inside(module, scale)
     qkv, proj = lower_projection(module.qkv, f"{name}.qkv", inside), lower_projection(module.proj, f"{name}.proj", inside, scale)
     return SoftmaxAttentionStep(name, tokens, heads, before, (qkv,), None, q_norm, k_norm, proj)
 
@@ -82,7 +82,7 @@ def lower_angular(
     """The step of attention between two projections, linear or not, behind its norm."""
     if isinstance(module, AngularAttention) and module.hash is not None and not bool(module.hash.calibrated):
         raise UserError(f"{name}: the hash functions are not trained yet: call shiftaddvit.calibrate(model, images) before deploy")
-    inside = prep.inside(module)
+    inside = prep.inside(module, scale)
     qkv, proj = lower_projection(module.qkv, f"{name}.qkv", inside), lower_projection(module.proj, f"{name}.proj", inside, scale)
     if not _kernels_take(module, qkv, proj):
         return AngularStep(name, tokens, before, qkv, proj, bare(module, prep.device))

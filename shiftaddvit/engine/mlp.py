@@ -169,7 +169,7 @@ def lower_mlp(
     if before is None:
         raise UserError(f"the engine cannot lower {name}: no LayerNorm stands before it; run the model itself")
     if type(module) is MlpWithDepthwiseConv:
-        conv, prep = module.dwconv, prep.inside(module)
+        conv, prep = module.dwconv, prep.inside(module, scale)
         weight, bias, primitive = convolution(conv, f"{name}.dwconv", "an ordinary or a shift convolution")
         return ConvMlpStep(
             name, before, lower_projection(module.fc1, f"{name}.fc1", prep), isinstance(module.relu, nn.ReLU), grid,

@@ -22,6 +22,9 @@ from shiftaddvit.ops.norm_linear import norm_linear, route_rows
 
 from .program import Launch
 
+LARGEST_INSIDE = 1e3
+"""Weights up to this leave float16 room for their products."""
+
 Activation = Literal["none", "gelu", "gelu-tanh", "relu", "silu", "quick-gelu"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,12 +48,15 @@ class Preparation:
     notes: list[str] = field(default_factory=list)
     """Filled while lowering."""
 
-    def inside(self, *layers: nn.Module) -> "Preparation":
-        """For layers whose results never meet the residual: on a GPU float16 in place of bfloat16 where the weights allow it, with eight
-        times its precision, and with sums of two channels an instruction."""
-        if self.device.type != "cuda" or self.dtype != torch.bfloat16 or any(float(p.detach().abs().max()) > 1e3 for layer in layers for p in layer.parameters() if p.numel()):
+    def inside(self, module: nn.Module, scale: Tensor | None = None) -> "Preparation":
+        """For a module whose inner results never meet the residual: on a GPU float16 in place of bfloat16, with eight times its precision and
+        sums of two channels an instruction, unless a weight in use, times LayerScale's `scale`, is beyond `LARGEST_INSIDE`."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return self
-        return replace(self, dtype=torch.float16)
+        weights = (weight for part in module.modules() if isinstance(weight := getattr(part, "weight", None), Tensor) and weight.numel())
+        largest = max((float(weight.detach().abs().max()) for weight in weights), default=0.0)
+        largest *= max(1.0, float(scale.detach().abs().max())) if scale is not None else 1.0
+        return replace(self, dtype=torch.float16) if largest <= LARGEST_INSIDE else self
 
     def vector(self, tensor: Tensor | None) -> Tensor | None:
         """A float32 copy on the device."""
