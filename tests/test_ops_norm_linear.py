@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from ops_checks import error, poisoned_outputs
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.ops.backends import overlapping
 from shiftaddvit.ops.conv_gelu import conv_gelu
 from shiftaddvit.ops.norm_linear import norm_linear, route_rows
 
@@ -137,3 +138,20 @@ def test_mistakes_are_named():
         norm_linear(random(3, 16), random(2, 8, 16))
     with pytest.raises(UserError, match="float32, or both float16 or bfloat16"):
         norm_linear(random(3, 16), random(8, 16).half())
+
+
+def test_launches_overlap_only_where_every_weight_is_there_already():
+    weight = random(8, 16)
+    assert overlapping(True, weight, None) and not overlapping(False, weight)
+    assert not overlapping(True, weight, random(16, 8).t())
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_router_prepared_by_the_call_is_waited_for(prepared, monkeypatch):
+    from shiftaddvit.ops.norm_linear import triton as kernels
+
+    launched = []
+    monkeypatch.setattr(kernels, "norm_linear_kernel", type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **flags: launched.append(flags)})())
+    router = route_rows(random(2, 16), torch.float32) if prepared else random(2, 16)
+    kernels.norm_linear(random(5, 16), None, None, 0.0, random(2, 8, 16), None, router, None, None, "none", pdl=True)
+    assert launched[0]["PDL"] == prepared and ("launch_pdl" in launched[0]) == prepared

@@ -48,6 +48,12 @@ def mixable(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype or (first.dtype in halves and second.dtype in halves)
 
 
+def overlapping(pdl: bool, *weights: Tensor | None) -> bool:
+    """`pdl`, unless one of the weights must be made contiguous first: overlapped kernels read weights before they wait for the kernel in
+    front of them, which would be that copy."""
+    return pdl and all(weight is None or weight.is_contiguous() for weight in weights)
+
+
 def same_device(**tensors: Tensor | None) -> torch.device:
     """The device of all tensors given; `UserError` naming the first one that is elsewhere."""
     first_name, first = None, None

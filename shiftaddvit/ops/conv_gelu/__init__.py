@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError
 
-from ..backends import Backend, choose_backend, same_device
+from ..backends import Backend, choose_backend, overlapping, same_device
 from . import reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,6 +37,7 @@ def conv_gelu(
     if conv_weight.dtype not in _FLOATS or h.dtype not in (conv_weight.dtype, torch.int8):
         raise UserError(f"h and conv_weight must share one of float16, bfloat16, float32, got {h.dtype} and {conv_weight.dtype}")
     same_device(h=h, conv_weight=conv_weight, conv_bias=conv_bias, h_scale=h_scale)
+    pdl = overlapping(pdl, conv_weight)
     return torch.ops.shiftaddvit.conv_gelu(h.contiguous(), height, width, conv_weight.contiguous(), conv_bias, h_scale, pdl, backend)
 
 

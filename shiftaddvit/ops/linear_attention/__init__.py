@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError, unknown
 
-from ..backends import Backend, choose_backend, mixable, same_device
+from ..backends import Backend, choose_backend, mixable, overlapping, same_device
 from . import reference
 
 Rule = Literal["token", "zero", "given"]
@@ -76,7 +76,7 @@ def attention_encode(
     x = x if x.stride(-1) == 1 and x.stride(0) == tokens * x.stride(1) else x.contiguous()
     result = torch.ops.shiftaddvit.attention_encode(
         x, *(norm or (None, None)), eps, weight.contiguous(), bias, router, threshold, heads, rule, codes, v_sum, k_sum,
-        _parts(backend, x, heads), pdl, backend,
+        _parts(backend, x, heads), overlapping(pdl, weight), backend,
     )  # fmt: skip
     choice = result[4].reshape(batch, tokens) if router is not None else result[4]
     return Encoded(*result[:4], choice, result[5])
@@ -129,7 +129,7 @@ def attention_mix(
     y, choice = torch.ops.shiftaddvit.attention_mix(
         encoded.queries, v, *encoded[2:4], encoded.k_sum, conv.contiguous() if conv is not None else None, weight.contiguous(), bias, router,
         residual.contiguous() if residual is not None else None, codes, local, context_mean,
-        "similarity" if similarity else "l2" if output_unit else "none", factor, prefix, pdl, backend,
+        "similarity" if similarity else "l2" if output_unit else "none", factor, prefix, overlapping(pdl, weight, conv), backend,
     )  # fmt: skip
     return y, choice.reshape(batch, tokens) if router is not None else choice
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError, unknown
 
-from ..backends import Backend, choose_backend, mixable, same_device
+from ..backends import Backend, choose_backend, mixable, overlapping, same_device
 from . import reference
 from .reference import route_rows
 
@@ -40,6 +40,7 @@ def norm_linear(
     one that of the weights; x may have another. With `out_scale` it is round(y / out_scale) as int8. `activation` is `none` or `gelu`.
     `pdl` overlaps the launch with the kernel before it, for chains in which every kernel is launched so; results are the same.
     """
+    pdl = overlapping(pdl, weight, bias, router)
     weight, bias = _stacked(x, weight, bias, router)
     if activation not in ("none", "gelu"):
         raise unknown("activation", activation, ("none", "gelu"))

@@ -10,9 +10,7 @@ from ..matshift.reference import quantise
 
 def route_rows(router: Float[Tensor, "2 in"], dtype: torch.dtype) -> Float[Tensor, "16 in"]:
     """A router as one more matrix for the kernel: the rows add up to how far the second expert's logit leads, three parts of `dtype` holding
-    float32's precision, the others zero. 16 rows are what a matrix instruction takes; a router that has them already is returned."""
-    if len(router) == 16:
-        return router
+    float32's precision, the others zero. 16 rows are what a matrix instruction takes."""
     rest, parts = (router[1] - router[0]).float(), []
     for _ in range(3):
         parts.append(rest.to(dtype))

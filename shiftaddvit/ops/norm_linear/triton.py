@@ -48,7 +48,9 @@ def norm_linear(
     choice = torch.empty(m if experts == 2 else 0, dtype=torch.int8, device=x.device)
     if out.numel() == 0:
         return out, choice
-    router = route_rows(router, weight.dtype) if router is not None else None
+    if router is not None and len(router) != 16:
+        # Made only now, by kernels that the next one must wait for before it reads a weight.
+        router, pdl = route_rows(router, weight.dtype), False
     norm = norm_weight is not None
     tile = norm_tile(m, n, k, experts, norm, weight.dtype, x.device)
     flags = dict(
