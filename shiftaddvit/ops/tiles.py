@@ -1,4 +1,4 @@
-"""Pieces of kernels that several ops share. Imports triton: only the `triton.py` of an op may import this file."""
+"""Pieces of kernels that several ops share. Imports triton: only the kernels of an op may import this file."""
 
 import triton
 import triton.language as tl
