@@ -3,7 +3,6 @@
 import math
 import re
 from itertools import pairwise
-from typing import Any
 
 from shiftaddvit.search_terms import COSTS, DAMAGES, DENSE, UNITS, change_of
 
@@ -191,8 +190,7 @@ def _together(values: Fields) -> Together | None:
     if "together" not in values:
         return None
     entry = values.fields("together")
-    interval: Any = entry.numbers("interval95", -100, 100)
-    drop = entry.number("drop", -100, 100)
-    if len(interval) != 2 or not interval[0] <= drop <= interval[1]:
+    interval, drop = entry.pair("interval95", -100, 100), entry.number("drop", -100, 100)
+    if not interval[0] <= drop <= interval[1]:
         entry.fail("'interval95' must be two numbers with 'drop' between them")
     return Together(entry.number("top1", 0, 100), drop, interval, entry.number("kl", -1e-6, MOST), entry.number("loss", -MOST, MOST))
