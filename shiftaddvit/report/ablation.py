@@ -34,8 +34,7 @@ class Subject:
     @property
     def title(self) -> str:
         """For people."""
-        size = f", {self.model.size[0]}×{self.model.size[1]}" if self.model.size else ""
-        return f"{self.model.title}{size}" + (f" · {self.data} ({self.images:,} images)" if self.data else "")
+        return self.model.sized + (f" · {self.data} ({self.images:,} images)" if self.data else "")
 
 
 @dataclass(frozen=True)

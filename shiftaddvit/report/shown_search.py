@@ -51,13 +51,12 @@ class ShownSearch:
 
 def shown_search(found: SearchResult, number: int) -> ShownSearch:
     """Everything of one search."""
-    size = f", {found.model.size[0]}×{found.model.size[1]}" if found.model.size else ""
     asked = f"least {_name(found.minimised)} under {', '.join(found.budgets)}" if found.budgets else f"least {_name(found.minimised)}, no budget"
     charts = [_scatter(found, number, found.damage)]
     if found.damage != "drop":
         charts.append(_scatter(found, number, "drop"))
     return ShownSearch(
-        found, f"{found.model.name}{size}: {asked}", _search_tiles(found), tuple(charts), _matrix(found, number), _points(found, number),
+        found, f"{found.model.sized}: {asked}", _search_tiles(found), tuple(charts), _matrix(found, number), _points(found, number),
         _layers(found, number), _front(found, number),
     )  # fmt: skip
 

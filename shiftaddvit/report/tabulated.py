@@ -130,10 +130,9 @@ def speed_table(results: Results) -> Table | None:
                 f"median; tenth to ninetieth percentile {speed.low_us:.1f} … {speed.high_us:.1f} µs",
             )
             rate = Cell("measured", f"{speed.images_per_s:,.0f}", speed.images_per_s)
-        size = f" at {speed.model.size[0]}×{speed.model.size[1]}" if speed.model.size else ""
         rows.append(
             (
-                words(speed.model.name + size),
+                words(speed.model.sized),
                 words(speed.contender),
                 Cell("text", str(speed.batch), speed.batch),
                 time,
