@@ -24,7 +24,7 @@ TOLD = {
 }
 """Under it."""
 DAMAGE_NAMES = {"kl": "KL divergence", "loss": "rise of the loss", "drop": "accuracy loss"}
-"""What each says: how far the classes are from the dense model's, and how much worse they are."""
+"""In a sentence."""
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,12 @@ def _measured(found: SearchResult, quantity: str) -> Cell:
 def _notes(found: SearchResult) -> tuple[str, ...]:
     images = f"{found.images:,} images" if found.images else "images"
     where = f" ({found.where})" if found.where else ""
-    notes = [
+    return (
         f"Harm is predicted by changing one layer at a time without training, on {images}{where}, and adding up; fine-tuning comes after and repairs "
         "much of it. KL divergence says how far the class probabilities are from the dense model's, in nats: 0 is the same answer.",
         "Cost is computed, not measured: energy by the analytical model"
         + (", latency as the sum of the engine's steps." if "latency" in found.quantities else "."),
-    ]
-    return tuple(notes)
+    )
 
 
 def _layers(found: SearchResult, number: int) -> Table:
