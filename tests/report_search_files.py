@@ -5,8 +5,8 @@ from typing import Any
 
 import report_files as files
 
-from shiftaddvit.report.searched import changed_columns
 from shiftaddvit.schema import stamped
+from shiftaddvit.search_terms import change_of
 
 SITES = ("stages.0.blocks.0.attn", "stages.0.blocks.0.mlp", "stages.1.blocks.0.attn", "stages.1.blocks.0.mlp")
 ENERGY = {"dense": 2.0, "attn-shift": 1.25, "add": 1.75, "add+attn-moe": 1.25, "mlp-shift": 1.0, "mlp-moe": 1.5}
@@ -45,7 +45,7 @@ ROWS = {
 
 def search(**changes: Any) -> dict[str, Any]:
     """`search.json`, stamped after the changes: found costs 7.75 mJ of 10, harms by 0.875 predicted and 1.5 measured."""
-    overrides = [{"modules": site, **changed_columns(option)} for site, option in FOUND.items()]
+    overrides = [{"modules": site, **change_of(option)} for site, option in FOUND.items()]
     values = {
         "model": {"name": "pvt_v2_b0", "args": {"num_classes": 10}}, "file": None, "data": "some images", "split": "train", "images": 100,
         "seed": 0,

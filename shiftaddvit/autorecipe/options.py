@@ -6,10 +6,10 @@ from dataclasses import replace
 from torch import nn
 
 from shiftaddvit.errors import UserError, unknown
-from shiftaddvit.evaluation.sensitivity import change_of, closed, settings_of
+from shiftaddvit.evaluation.sensitivity import closed, settings_of
 from shiftaddvit.reparam import Recipe, recipes
 from shiftaddvit.reparam.sites import find_sites
-from shiftaddvit.search_terms import DENSE, PRIMITIVES
+from shiftaddvit.search_terms import DENSE, PRIMITIVES, change_of
 
 SEARCHED = ("msa", "linear", "add", "attn-shift", "attn-moe", "mlp-shift", "mlp-moe")
 """Primitives that are tried unless told otherwise; `hash` needs images to learn from."""

@@ -47,9 +47,10 @@ def sensitivity(
 
     from shiftaddvit.conditions import conditions
     from shiftaddvit.data.sources import check_classes
-    from shiftaddvit.evaluation.sensitivity import USUAL, change_of
+    from shiftaddvit.evaluation.sensitivity import USUAL
     from shiftaddvit.evaluation.sensitivity import sensitivity as run
     from shiftaddvit.schema import stamped
+    from shiftaddvit.search_terms import change_of
 
     from .image_choice import DataChoice, evaluation_loader, image_form, sample, some_images
     from .model_choice import ModelChoice, open_model

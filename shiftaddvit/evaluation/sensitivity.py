@@ -11,13 +11,13 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor, nn
 
-from shiftaddvit.errors import UserError, unknown
+from shiftaddvit.errors import UserError
 from shiftaddvit.reparam import Recipe, calibrate, reparameterize
 from shiftaddvit.reparam.calibrate import needs_calibration
 from shiftaddvit.reparam.identity import Identity, identity
 from shiftaddvit.reparam.sites import AttentionSite, MlpSite, find_sites
 from shiftaddvit.schema import was_changed
-from shiftaddvit.search_terms import PRIMITIVES
+from shiftaddvit.search_terms import change_of
 
 from .accuracy import Evaluation, compare, evaluate
 
@@ -164,20 +164,6 @@ def sensitivity(
                 )
             )
     return Sensitivity(identity(model), settings, dense, tuple(rows), tuple(skipped))
-
-
-def change_of(name: str) -> dict[str, str]:
-    """The recipe columns that a primitive, or several joined by `+`, set at one site. UserError for an unknown one, for two that set
-    the same column, and for an attention's with an MLP's."""
-    change: dict[str, str] = {}
-    for part in name.split("+"):
-        if part not in PRIMITIVES:
-            raise unknown("primitive", part, PRIMITIVES)
-        added = PRIMITIVES[part]
-        if set(added) & set(change) or (change and ("mlp" in change) != ("mlp" in added)):
-            raise UserError(f"the primitives of {name!r} exclude one another: join one form of attention and one of its linears")
-        change |= added
-    return change
 
 
 def settings_of(recipe: Recipe) -> Recipe:

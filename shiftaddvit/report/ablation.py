@@ -9,7 +9,7 @@ from shiftaddvit.published import PublishedResult, PublishedRow, classification
 
 from .networks import ModelRef
 from .results import EnergyResult, Results, RunResult, SpeedResult
-from .tables import NONE, NOT_RUN, Cell, Column, Table, words
+from .tables import NONE, NOT_RUN, Cell, Column, Table, signed, words
 
 PUBLISHED_SIZE = (224, 224)
 IMAGENET = "imagenet"
@@ -34,8 +34,7 @@ class Subject:
     @property
     def title(self) -> str:
         """For people."""
-        size = f", {self.model.size[0]}×{self.model.size[1]}" if self.model.size else ""
-        return f"{self.model.title}{size}" + (f" · {self.data} ({self.images:,} images)" if self.data else "")
+        return self.model.sized + (f" · {self.data} ({self.images:,} images)" if self.data else "")
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ def _difference(line: Line, control: Line | None) -> Cell:
     mean, half = sum(differences) / len(pairs), sqrt(sum(h * h for h in halves) / len(pairs))
     return Cell(
         "measured",
-        f"{mean:+.2f} ± {half:.2f}".replace("-", "−"),
+        f"{signed(mean)} ± {half:.2f}",
         mean,
         f"paired 95 % interval, {len(pairs)} pair{'s' if len(pairs) > 1 else ''} of runs",
     )

@@ -82,9 +82,8 @@ def energy_totals(energies: Iterable[EnergyResult]) -> tuple[Bars, ...]:
     for number, ((model, mode, setting), group) in enumerate(groups.items()):
         newest = {e.recipe: e for e in sorted(group, key=lambda e: e.source.time)}
         rows = tuple((recipe, _levels(e)) for recipe, e in sorted(newest.items(), key=lambda entry: -entry[1].mj_per_image))
-        size = f" at {model.size[0]}×{model.size[1]}" if model.size else ""
         special = _special(setting, [other for m, kind, other in groups if (m, kind) == (model, mode)])
-        title = f"{model.name}{size}, one image, mode {mode}{special}"
+        title = f"{model.sized}, one image, mode {mode}{special}"
         charts.append(Bars(f"energy-{number}", title, "mJ", tuple(LEVEL_NAMES.values()), rows))
     return tuple(charts)
 

@@ -66,6 +66,13 @@ class Fields:
         """A list of numbers."""
         return tuple(self._number(value, f"{self._name(key)}[{number}]", low, high) for number, value in enumerate(self.list(key)))
 
+    def pair(self, key: str, low: float = -math.inf, high: float = math.inf) -> tuple[float, float]:
+        """A list of two numbers."""
+        numbers = self.numbers(key, low, high)
+        if len(numbers) != 2:
+            self.fail(f"{key!r} must be two numbers")
+        return numbers[0], numbers[1]
+
     def by_name(self, key: str, low: float = -math.inf, high: float = math.inf) -> dict[str, float]:
         """An object whose values are numbers."""
         inner = self.fields(key)

@@ -8,10 +8,10 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.files import atomic_write
 
 from .charts import Bars, Chart, Lines, Matrix, Point, Scatter, Series, front
+from .contents import Content
 from .dispatched import DispatchResult
 from .labels import placed
 from .maps import block_and_linear
-from .contents import Content
 from .tables import as_csv, as_latex, as_markdown
 
 COLOURS = ("#1f5fbf", "#d1570a", "#1b7a43", "#8a3ea8", "#b3123f", "#0b7d8c", "#7a6200", "#4a4f58")

@@ -41,17 +41,14 @@ def accuracy(values: Fields) -> Accuracy:
         values.fail(f"'correct' holds {len(bits)} bytes, but {images} images need {(images + 7) // 8}")
     right = int.from_bytes(bits) >> (8 * len(bits) - images)
     count = right.bit_count()
-    top1, interval = values.number("top1", 0, 100), values.numbers("interval95", 0, 100)
+    top1, interval = values.number("top1", 0, 100), values.pair("interval95", 0, 100)
     values.agree("top1", top1, 100 * count / images)
-    expected = wilson_interval(count, images)
-    if len(interval) != 2:
-        values.fail("'interval95' must be two numbers")
-    for stated, found in zip(interval, expected, strict=True):
+    for stated, found in zip(interval, wilson_interval(count, images), strict=True):
         values.agree("interval95", stated, found, 1e-5)
     top5 = values.number("top5", 0, 100)
     if top5 < top1 - 1e-9:
         values.fail(f"top5 {top5:g} is below top1 {top1:g}")
-    return Accuracy(top1, top5, (interval[0], interval[1]), images, right, values.text("labels_digest"))
+    return Accuracy(top1, top5, interval, images, right, values.text("labels_digest"))
 
 
 def read_finetune(values: Fields, source: Source, found: Results) -> None:
@@ -129,7 +126,7 @@ def read_sensitivity(values: Fields, source: Source, found: Results) -> None:
     name = model if isinstance(model, str) else values.fields("model").text("name") if "model" in values else ""
     rows = []
     for row in values.each("rows"):
-        low, high = _pair(row, "interval95")
+        low, high = row.pair("interval95")
         top1, difference = row.number("top1", 0, 100), row.number("difference", -100, 100)
         row.agree("difference", difference, top1 - dense.top1, 1e-5)
         if not low <= difference <= high:
@@ -177,13 +174,6 @@ def _row_of_file(model: str) -> str:
 def _size(evaluation: Fields) -> tuple[int, int] | None:
     conditions = evaluation.values.get("conditions")
     return image_size(conditions.get("image_size")) if isinstance(conditions, Mapping) else None
-
-
-def _pair(values: Fields, key: str) -> tuple[float, float]:
-    numbers = values.numbers(key)
-    if len(numbers) != 2:
-        values.fail(f"{key!r} must be two numbers")
-    return numbers[0], numbers[1]
 
 
 def _canonical(value: Any) -> str:

@@ -28,6 +28,11 @@ class ModelRef:
             return self.name
         return f"{self.name} (with its own {', '.join(json.loads(self.args))})" if self.args.startswith("{") else f"{self.name} ({self.args})"
 
+    @property
+    def sized(self) -> str:
+        """For people: the title, and the size of its images where that is known."""
+        return f"{self.title}, {self.size[0]}×{self.size[1]}" if self.size else self.title
+
 
 def model_ref(values: Fields, size: tuple[int, int] | None) -> ModelRef:
     """The network that `model` names: an object with name and arguments, or a name alone."""

@@ -3,22 +3,13 @@
 import math
 import re
 from itertools import pairwise
-from typing import Any
 
-from shiftaddvit.search_terms import COSTS, DAMAGES, DENSE, UNITS
+from shiftaddvit.search_terms import COSTS, DAMAGES, DENSE, UNITS, change_of
 
 from .fields import Fields
 from .networks import ModelRef, image_size, model_ref
 from .results import Results
-from .searched import (
-    SearchLatency,
-    SearchPoint,
-    SearchResult,
-    SiteValues,
-    Together,
-    changed_columns,
-    parts,
-)
+from .searched import SearchLatency, SearchPoint, SearchResult, SiteValues, Together, parts
 from .sources import Source
 
 _BUDGET = re.compile(r"(energy|latency|kl|loss|drop) ≤ (\d[\d.]*(?:e[-+]?\d+)?) (of dense|mJ|µs|nats|points)\Z")
@@ -145,7 +136,7 @@ def _check_recipe(recipe: Fields, answer: SearchPoint) -> None:
     made = {}
     for entry in recipe.each("overrides") if "overrides" in recipe else ():
         made[entry.text("modules")] = {key: entry.text(key) for key in entry.values if key != "modules"}
-    if made != {site: changed_columns(option) for site, option in answer.choice.items()}:
+    if made != {site: change_of(option) for site, option in answer.choice.items()}:
         recipe.fail("its overrides are not the choice that 'found' has")
 
 
@@ -199,8 +190,7 @@ def _together(values: Fields) -> Together | None:
     if "together" not in values:
         return None
     entry = values.fields("together")
-    interval: Any = entry.numbers("interval95", -100, 100)
-    drop = entry.number("drop", -100, 100)
-    if len(interval) != 2 or not interval[0] <= drop <= interval[1]:
+    interval, drop = entry.pair("interval95", -100, 100), entry.number("drop", -100, 100)
+    if not interval[0] <= drop <= interval[1]:
         entry.fail("'interval95' must be two numbers with 'drop' between them")
     return Together(entry.number("top1", 0, 100), drop, interval, entry.number("kl", -1e-6, MOST), entry.number("loss", -MOST, MOST))

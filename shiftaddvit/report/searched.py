@@ -115,8 +115,3 @@ def parts(option: str) -> tuple[str, str] | None:
     if len(forms) > 1 or len(linears) > 1 or (len(names) == 2 and (names[0] not in forms or not names[1].startswith("attn-"))):
         return None
     return (forms or [""])[0], (linears or ["mult"])[0]
-
-
-def changed_columns(option: str) -> dict[str, str]:
-    """The columns of a recipe that an option sets."""
-    return {} if option == DENSE else {column: value for name in option.split("+") for column, value in PRIMITIVES[name].items()}

@@ -24,7 +24,7 @@ TOLD = {
 }
 """Under it."""
 DAMAGE_NAMES = {"kl": "KL divergence", "loss": "rise of the loss", "drop": "accuracy loss"}
-"""What each says: how far the classes are from the dense model's, and how much worse they are."""
+"""In a sentence."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,12 @@ class ShownSearch:
 
 def shown_search(found: SearchResult, number: int) -> ShownSearch:
     """Everything of one search."""
-    size = f", {found.model.size[0]}×{found.model.size[1]}" if found.model.size else ""
     asked = f"least {_name(found.minimised)} under {', '.join(found.budgets)}" if found.budgets else f"least {_name(found.minimised)}, no budget"
     charts = [_scatter(found, number, found.damage)]
     if found.damage != "drop":
         charts.append(_scatter(found, number, "drop"))
     return ShownSearch(
-        found, f"{found.model.name}{size}: {asked}", _search_tiles(found), tuple(charts), _matrix(found, number), _points(found, number),
+        found, f"{found.model.sized}: {asked}", _search_tiles(found), tuple(charts), _matrix(found, number), _points(found, number),
         _layers(found, number), _front(found, number),
     )  # fmt: skip
 
@@ -213,13 +212,12 @@ def _measured(found: SearchResult, quantity: str) -> Cell:
 def _notes(found: SearchResult) -> tuple[str, ...]:
     images = f"{found.images:,} images" if found.images else "images"
     where = f" ({found.where})" if found.where else ""
-    notes = [
+    return (
         f"Harm is predicted by changing one layer at a time without training, on {images}{where}, and adding up; fine-tuning comes after and repairs "
         "much of it. KL divergence says how far the class probabilities are from the dense model's, in nats: 0 is the same answer.",
         "Cost is computed, not measured: energy by the analytical model"
         + (", latency as the sum of the engine's steps." if "latency" in found.quantities else "."),
-    ]
-    return tuple(notes)
+    )
 
 
 def _layers(found: SearchResult, number: int) -> Table:

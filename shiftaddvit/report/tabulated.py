@@ -130,10 +130,9 @@ def speed_table(results: Results) -> Table | None:
                 f"median; tenth to ninetieth percentile {speed.low_us:.1f} … {speed.high_us:.1f} µs",
             )
             rate = Cell("measured", f"{speed.images_per_s:,.0f}", speed.images_per_s)
-        size = f" at {speed.model.size[0]}×{speed.model.size[1]}" if speed.model.size else ""
         rows.append(
             (
-                words(speed.model.name + size),
+                words(speed.model.sized),
                 words(speed.contender),
                 Cell("text", str(speed.batch), speed.batch),
                 time,
@@ -182,9 +181,7 @@ def expert_table(results: Results) -> Table | None:
         Column("tokens that should shift, %", note="the share at which both experts take equally long"),
         Column("device", "", False),
     )
-    newest: dict[tuple, ExpertTimes] = {}
-    for one in sorted(results.expert_times, key=lambda one: one.time):
-        newest[one.same] = one
+    newest = {one.same: one for one in sorted(results.expert_times, key=lambda one: one.time)}
     rows = [_expert_row(one) for one in sorted(newest.values(), key=lambda one: (one.device, one.layer, one.shape, one.tokens))]
     notes = [
         "Each expert alone on all tokens of the layer, in its form at inference. The balance loss asks for tokens in inverse proportion to these "

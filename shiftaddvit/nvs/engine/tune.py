@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
+from shiftaddvit.engine.tune import AGREEMENT
 from shiftaddvit.ops.tiling import Tile, key, save_tuned, trial
 from shiftaddvit.ops.timing import failure_noted
 
@@ -50,10 +51,10 @@ def tune_tiles(engine: RayEngine, scene: Scene, rays: int, device: str, show: Ca
             tried: dict = {}
             with trial(place, problem, tile), failure_noted(tried):
                 off = float((_flat(call()) - expected).norm() / expected.norm())
-                if not off < 0.02:
-                    tried["status"] = f"left out: its result is off by {off:.0e}"
-                else:
+                if off < AGREEMENT:
                     tried["us"] = alone(call)
+                else:
+                    tried["status"] = f"left out: its result is off by {off:.0e}"
             if "us" not in tried:
                 show(f"{problem} {tile}: {tried['status']}")
             elif problem not in best or tried["us"] < best[problem][1]:
