@@ -15,7 +15,7 @@ from shiftaddvit.report.contents import content
 from shiftaddvit.report.page import render
 from shiftaddvit.report.reading import read_results
 from shiftaddvit.report.tables import as_latex, as_markdown
-from shiftaddvit.schema import VERSIONS
+from shiftaddvit.schema import VERSIONS, stamped
 
 
 def read(tmp_path, *values):
@@ -180,6 +180,18 @@ def test_older_files_that_do_not_count_are_named(tmp_path):
     found = read(tmp_path, older, files.energy("dense"))
     assert [entry.path.endswith("0.json") and "1.json is newer" in entry.reason for entry in found.aside] == [True]
     assert "1 number is set aside" in render(found, "t")
+    assert len(found.results.energies) == len(found.energy_layers) == len(found.layer_tables) == 1, "nor are they drawn"
+
+
+def test_an_older_time_is_neither_shown_nor_the_best(tmp_path):
+    """Also where it was the shorter one."""
+    older, newer = files.engine(), files.engine()
+    older["conditions"] = older["conditions"] | {"time": "2020-01-01T00:00:00+00:00"}
+    older["rows"][0] |= {"median_us": 250.0, "low_us": 245.0, "high_us": 260.0, "images_per_s": 4000.0}
+    found = read(tmp_path, stamped("engine-bench", older), newer)
+    (table,) = [table for table in found.tables if table.name == "speed"]
+    assert len(table.rows) == len(newer["rows"]) and [row[3].value for row in table.rows][0] == 500.0
+    assert len(found.aside) == len(newer["rows"]) and len(found.results.sources) == 2, "both files are still listed"
 
 
 def test_a_file_of_every_kind_is_read_and_shown(tmp_path):

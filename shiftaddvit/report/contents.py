@@ -1,7 +1,7 @@
 """Everything that the page and the files for papers are made of, arranged."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shiftaddvit.published import classification
@@ -20,7 +20,7 @@ class Content:
     """In the order of the page."""
 
     results: Results
-    """As read."""
+    """As read, but of energies and times that several files have the newest alone."""
     comparisons: tuple[Comparison, ...]
     """Measured networks first."""
     ablations: tuple[Table, ...]
@@ -61,6 +61,7 @@ class Content:
 
 def content(results: Results) -> Content:
     """Arrange what was read."""
+    results, aside = _newest(results)
     found = comparisons(results)
     measured = tuple(chart for number, one in enumerate(found) for chart in charted.measured_tradeoffs(one, number))
     energies = [energy for energy in results.energies if energy.layers]
@@ -73,26 +74,30 @@ def content(results: Results) -> Content:
         tuple(shown_search(one, number) for number, one in enumerate(results.searches)), search_latency_tables(results),
         charted.energy_totals(energies), tuple(charted.energy_by_layer(energy, number) for number, energy in enumerate(energies)),
         charted.share_charts(results), charted.curve_charts(results.curves), tuple(table for table in others if table is not None),
-        tuple(tabulated.energy_table(energy, number) for number, energy in enumerate(energies)), _set_aside(results),
+        tuple(tabulated.energy_table(energy, number) for number, energy in enumerate(energies)), aside,
     )  # fmt: skip
 
 
-def _set_aside(results: Results) -> tuple[Skipped, ...]:
-    """By file: the numbers that a newer file has too."""
-    found: list[Skipped] = []
-    groups: tuple[tuple[Iterable[Any], Callable[[Any], tuple], str], ...] = (
-        (results.energies, lambda e: (e.model, e.recipe, e.mode, e.setting), "energy of {1}"),
-        (results.speeds, lambda s: (s.model, s.contender, s.batch, s.source.conditions.get("device")), "time of {1} at batch {2}"),
-        (results.views, lambda v: (v.scene, v.row, v.psnr is None), "numbers of {1} on {0}"),
+def _newest(results: Results) -> tuple[Results, tuple[Skipped, ...]]:
+    """What counts, and by file the numbers that a newer file has too. Of view synthesis every number of a row has its own newest file, which
+    its table finds."""
+    energies, old_energies = _newest_of(results.energies, lambda e: (e.model, e.recipe, e.mode, e.setting), "energy of {1}")
+    speeds, old_speeds = _newest_of(
+        results.speeds, lambda s: (s.model, s.contender, s.batch, s.source.conditions.get("device")), "time of {1} at batch {2}"
     )
-    for entries, key, what in groups:
-        newest: dict[tuple, Any] = {}
-        for entry in sorted(entries, key=lambda entry: entry.source.time):
-            older = newest.get(key(entry))
-            newest[key(entry)] = entry
-            if older is not None and older.source.path != entry.source.path:
-                found.append(Skipped(older.source.path, f"{what.format(*key(entry))}: {entry.source.path} is newer"))
-    return tuple(found)
+    _, old_views = _newest_of(results.views, lambda v: (v.scene, v.row, v.psnr is None), "numbers of {1} on {0}")
+    return replace(results, energies=energies, speeds=speeds), (*old_energies, *old_speeds, *old_views)
+
+
+def _newest_of(entries: list[Any], key: Callable[[Any], tuple], what: str) -> tuple[list[Any], list[Skipped]]:
+    newest: dict[tuple, Any] = {}
+    found: list[Skipped] = []
+    for entry in sorted(entries, key=lambda entry: entry.source.time):
+        older = newest.get(key(entry))
+        newest[key(entry)] = entry
+        if older is not None and older.source.path != entry.source.path:
+            found.append(Skipped(older.source.path, f"{what.format(*key(entry))}: {entry.source.path} is newer"))
+    return [entry for entry in entries if entry.source.path == newest[key(entry)].source.path], found
 
 
 def tiles(found: Content) -> tuple[Tile, ...]:
