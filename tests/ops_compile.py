@@ -1,4 +1,5 @@
-"""Compile the kernels for compute capability 9.0, on any machine, with the very tiles they would be launched with there.
+"""Compile the kernels for compute capability 9.0, on any machine, with the very tiles they would be launched with there,
+those of the engine overlapping their launches, as they do there.
 
 `python tests/ops_compile.py [op …]` prints one JSON line a launch. Run as a program of its own: the interpreter must be off.
 """
@@ -127,10 +128,10 @@ def norm_linear():
                 router = lambda k, e=experts: meta(16, k, dtype=half) if e == 2 else None  # noqa: E731
                 bias = lambda n, e=experts: meta(e, n, dtype=single)  # noqa: E731
                 yield f"norm_linear x{experts} {m}x{c}x{hidden}", lambda m=m, c=c, n=hidden, e=experts, r=router, b=bias: kernels.norm_linear(
-                    meta(m, c), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, n, c, dtype=half), b(n), r(c), None, None, "none",
+                    meta(m, c), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, n, c, dtype=half), b(n), r(c), None, None, "none", True,
                 )  # fmt: skip
                 yield f"norm_linear x{experts} {m}x{hidden}x{c}", lambda m=m, c=c, n=hidden, e=experts, r=router, b=bias: kernels.norm_linear(
-                    meta(m, n, dtype=half), None, None, 0.0, meta(e, c, n, dtype=half), b(c), r(n), meta(m, c), None, "none",
+                    meta(m, n, dtype=half), None, None, 0.0, meta(e, c, n, dtype=half), b(c), r(n), meta(m, c), None, "none", True,
                 )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def conv_gelu():
         for side, _, hidden in STAGES:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 yield f"conv_gelu {dtype} {batch}x{side}x{hidden}", lambda b=batch, s=side, k=hidden, t=dtype: kernels.conv_gelu(
-                    meta(b, s * s, k, dtype=t), s, s, meta(9, k, dtype=t), meta(k, dtype=torch.float32), None
+                    meta(b, s * s, k, dtype=t), s, s, meta(9, k, dtype=t), meta(k, dtype=torch.float32), None, True
                 )
 
 
@@ -159,7 +160,7 @@ def linear_attention():
                 yield f"encode {name}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, s=bias, p=parts: (
                     kernels.encode(
                         meta(b, n, c, dtype=half), meta(c, dtype=single), meta(c, dtype=single), 1e-6, meta(e, 3 * c, c, dtype=half), s, r,
-                        None, h, "token", "zero-one", False, False, p,
+                        None, h, "token", "zero-one", False, False, p, True,
                     )
                 )  # fmt: skip
                 yield f"mix {name}", lambda b=batch, n=tokens, c=c, e=experts, r=router, h=heads, d=d, p=parts: (
@@ -167,7 +168,7 @@ def linear_attention():
                         meta(b, h, n, d // 32, dtype=torch.int32), meta(b, n, 3 * c, dtype=half)[..., 2 * c :],
                         meta(b, p, h, d, d, dtype=single), meta(0, dtype=single), meta(0, dtype=single), meta(h, 9, dtype=single),
                         meta(e, c, c, dtype=half), meta(e, c, dtype=single), r, meta(b, n, c, dtype=half), "zero-one", "own", True, "l2",
-                        1.0, 0,
+                        1.0, 0, True,
                     )
                 )  # fmt: skip
 
@@ -189,7 +190,7 @@ def patch_embed():
             yield f"patch_embed {batch}x{c}x{side} k{kernel}", lambda x=x, n=n, c=c, k=kernel, s=stride, p=padding, z=side, q=planes, g=norm: (
                 kernels.patch_embed(
                     x, meta(n, c * (padded_side(k) if q else k) ** 2, dtype=half), meta(n, dtype=single), meta(n, dtype=single) if g else None,
-                    meta(n, dtype=single) if g else None, 1e-6, None, None, z, z, k, s, p, q,
+                    meta(n, dtype=single) if g else None, 1e-6, None, None, z, z, k, s, p, q, True,
                 )
             )  # fmt: skip
 
@@ -263,7 +264,7 @@ def softmax_attention():
 
     for tokens, c, heads in ((49, 256, 8), (197, 192, 3)):
         q, k, v = meta(256, tokens, 3 * c, dtype=torch.float16).split(c, dim=-1)
-        yield f"softmax_attention {tokens}x{c}", lambda q=q, k=k, v=v, h=heads: kernels.softmax_attention(q, k, v, h)
+        yield f"softmax_attention {tokens}x{c}", lambda q=q, k=k, v=v, h=heads: kernels.softmax_attention(q, k, v, h, True)
 
 
 def layer_norm():
@@ -273,7 +274,7 @@ def layer_norm():
     for batch, tokens, c in ((1, 196, 160), (256, 196, 160), (256, 49, 512), (256, 197, 384)):
         x, w = meta(batch, tokens, c, dtype=torch.float16), meta(c, dtype=single)
         for mean in (False, True):
-            yield f"layer_norm {batch}x{tokens}x{c}{' mean' if mean else ''}", lambda x=x, w=w, mean=mean: kernels.layer_norm(x, w, w, 1e-6, mean)
+            yield f"layer_norm {batch}x{tokens}x{c}{' mean' if mean else ''}", lambda x=x, w=w, mean=mean: kernels.layer_norm(x, w, w, 1e-6, mean, True)
 
 
 def gnt():

@@ -289,6 +289,9 @@ def test_describe_names_every_step_and_what_is_not_fused():
 def test_nothing_of_the_published_recipe_is_unfused_in_the_linear_stages():
     unfused = [step.name for step in lower(published(), image_size=SIZE).steps if not step.about().fused]
     assert unfused == []
+    dense_steps = {step.name: step.about() for step in lower(dense("pvt_v2"), image_size=SIZE).steps}
+    assert dense_steps["stages.0.blocks.0.attn"].fused, "a reduction by patch embedding is the package's own too"
+    assert "patch_embed" in dense_steps["stages.0.blocks.0.attn"].ops
 
 
 class Patched(VisionTransformer):

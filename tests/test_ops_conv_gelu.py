@@ -32,7 +32,7 @@ def test_it_is_the_depthwise_convolution_then_gelu(batch, height, width, channel
     assert error(y, exact(h, height, width, taps, shift)) < 2e-6
 
 
-def test_float16_sums_in_float32():
+def test_float16_in_the_interpreter_which_has_only_the_float32_form():
     h, taps, shift = random(2, 49, 64).half(), random(9, 64).half(), random(64)
     y = conv_gelu(h, 7, 7, taps, shift, backend="triton")
     assert y.dtype == torch.float16 and error(y, exact(h, 7, 7, taps, shift)) < 5e-4

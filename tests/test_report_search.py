@@ -189,7 +189,7 @@ def test_an_older_time_is_neither_shown_nor_the_best(tmp_path):
     older["conditions"] = older["conditions"] | {"time": "2020-01-01T00:00:00+00:00"}
     older["rows"][0] |= {"median_us": 250.0, "low_us": 245.0, "high_us": 260.0, "images_per_s": 4000.0}
     found = read(tmp_path, stamped("engine-bench", older), newer)
-    (table,) = [table for table in found.tables if table.name == "speed"]
+    (table,) = [table for table in found.tables if table.id == "speed"]
     assert len(table.rows) == len(newer["rows"]) and [row[3].value for row in table.rows][0] == 500.0
     assert len(found.aside) == len(newer["rows"]) and len(found.results.sources) == 2, "both files are still listed"
 

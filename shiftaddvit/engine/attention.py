@@ -188,7 +188,8 @@ class SoftmaxAttentionStep:
         projections = " + ".join(["norm_linear"] * len(self.sources))
         before = f"layer_norm + {'pool + ' if isinstance(self.reduction, PooledStep) else ''}patch_embed + " if self.reduction else ""
         primitives = ", ".join([*(p.primitive for p in self.sources), "mult", self.proj.primitive])
-        fused = self.kernel and self.reduction is None and all(p.fusable for p in (*self.sources, self.proj))
+        reduced = self.reduction is None or isinstance(self.reduction, EmbedStep)
+        fused = self.kernel and reduced and all(p.fusable for p in (*self.sources, self.proj))
         return About(f"{before}{projections} + {attend} + norm_linear", f"{self.tokens}×{self.proj.weight.shape[1]}", primitives, fused)
 
 

@@ -64,7 +64,7 @@ def fill(tile: Tile, m: int, n: int, device: torch.device, least_n: int = 32) ->
 
 
 def key(*parts: object) -> str:
-    """The name of a problem in a table of tuned tiles, such as `ln_linear/3136/256/32`."""
+    """The name of a problem in a table of tuned tiles, such as `norm_linear1/3136/256/32`."""
     return "/".join(str(part) for part in parts)
 
 

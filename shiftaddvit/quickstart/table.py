@@ -49,7 +49,9 @@ def percent(value: float) -> str:
 def reading() -> Text:
     """How to read the columns."""
     lines = (
-        "tokens on shift: over all mixtures and test images; a row without mixtures has all or none.",
+        "rows: attention over all tokens (MSA), linear attention, with additions for its products of queries and keys (add), with shifts for multiplications "
+        "in its linear layers and the MLPs (both), with a mixture (MoE): one expert that multiplies and one that shifts, and a router that sends each token to one.",
+        "tokens on shift: over all mixtures and test images; all where every linear layer shifts, – where none does.",
         "mults removed: of the dense model's multiplications in linears, convolutions and attention products; below zero there are more of "
         "them (attention over all tokens costs more than attention with spatial reduction).",
         "file: packed, that is shift weights as integer codes and the rest in half precision; dense in fp32.",

@@ -22,10 +22,10 @@ def conv_gelu(
     pdl: bool = False,
     backend: Backend = "auto",
 ) -> Float[Tensor, "B N C"]:
-    """GELU(conv3×3(h) + conv_bias) of tokens h (B, height · width, C) in raster order, zero outside the picture; sums in float32.
+    """GELU(conv3×3(h) + conv_bias) of tokens h (B, height · width, C) in raster order, zero outside the picture.
 
     `conv_weight[3·dy + dx, c]` is `conv.weight[c, 0, dy, dx]`; the result has its dtype. int8 h needs `h_scale`, the value of one unit in
-    each channel. `pdl` overlaps the launch with the kernel before it, for chains in which every kernel is launched so.
+    each channel. Sums and GELU are float32's, but of float16 on a GPU float16's: nine roundings of 2^-11, and the tanh's own. `pdl` overlaps the launch with the kernel before it, for chains in which every kernel is launched so.
     """
     if h.dim() != 3 or h.shape[1] != height * width:
         raise UserError(f"h must be (B, {height}·{width}, C), got {tuple(h.shape)}")

@@ -1,4 +1,5 @@
-"""LayerNorm that no product can take along: between stages, and before the head, where the mean over tokens comes with it. For inference."""
+"""LayerNorm that no product takes along: between stages, before reductions and wide linears, and before the head, where the mean over tokens comes
+with it. For inference."""
 
 from typing import Literal
 

@@ -24,7 +24,7 @@ Local = Literal["own", "mean", "none"]
 
 
 class Encoded(NamedTuple):
-    """What the second kernel needs of the first."""
+    """What the second op needs of the first."""
 
     queries: Tensor
     """int32 (B, h, N, ⌈d/32⌉), channel i in bit i mod 32 of word i // 32; or unit-length queries (B, h, N, d)."""

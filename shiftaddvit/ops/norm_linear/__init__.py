@@ -1,7 +1,7 @@
-"""LayerNorm, linear, activation and residual in one kernel, with one expert, or two and a router.
+"""LayerNorm, linear, activation and residual, with one expert, or two and a router: in one kernel, or the norm in one of its own.
 
-With two, every row goes to the expert with the larger logit, computed to float32's precision inside the kernel; both products are
-accumulated and the row keeps one (twice the arithmetic, no more bytes, no host sync). For inference: this op has no gradient; training
+With two, every row goes to the expert with the larger logit, computed to float32's precision inside the kernel; both products are computed
+(twice the arithmetic, no more bytes, no host sync). For inference: this op has no gradient; training
 composes `moe_linear` and torch's own layers.
 """
 

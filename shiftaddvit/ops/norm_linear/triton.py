@@ -11,7 +11,8 @@ from .kernels import norm_linear_kernel, wide_linear_kernel
 from .reference import route_rows
 
 WHOLE_ROWS = 256
-"""Rows up to this wide are normalised once, in registers, and multiplied by every output tile of the program."""
+"""Rows up to this wide can be normalised in registers, and multiplied by every output tile of the program; many of more than 64 channels are
+not, for whom a kernel of its own for the norm is faster."""
 WHOLE_SINGLE_ROWS = 64
 """The same for float32, whose operands lie in shared memory twice."""
 
