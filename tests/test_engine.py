@@ -394,6 +394,7 @@ def test_float16_between_residuals_only_where_weights_leave_room():
     assert gpu.inside(layer).dtype == torch.float16 and gpu.inside(layer).notes is gpu.notes
     assert cpu.inside(layer).dtype == torch.bfloat16, "a CPU multiplies bfloat16 faster"
     assert Preparation(torch.float32, gpu.device).inside(layer).dtype == torch.float32
+    assert Preparation(torch.bfloat16, gpu.device, uniform=True).inside(layer).dtype == torch.bfloat16
     with torch.no_grad():
         layer.weight[0, 0] = 900
     assert gpu.inside(layer).dtype == torch.float16

@@ -47,11 +47,13 @@ class Preparation:
     """Where the weights will live."""
     notes: list[str] = field(default_factory=list)
     """Filled while lowering."""
+    uniform: bool = False
+    """Nothing has another dtype inside: for kernels that take a whole block."""
 
     def inside(self, module: nn.Module, scale: Tensor | None = None) -> "Preparation":
         """For a module whose inner results never meet the residual: on a GPU float16 in place of bfloat16, with eight times its precision and
         sums of two channels an instruction, unless a weight in use, times LayerScale's `scale`, is beyond `LARGEST_INSIDE`."""
-        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+        if self.uniform or self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return self
         weights = (weight for part in module.modules() if isinstance(weight := getattr(part, "weight", None), Tensor) and weight.numel())
         largest = max((float(weight.detach().abs().max()) for weight in weights), default=0.0)

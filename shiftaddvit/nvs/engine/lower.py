@@ -49,7 +49,7 @@ def lower_gnt(model: GNT, dtype: torch.dtype, device: torch.device | str | None 
     reason = why_not(model)
     if reason is not None:
         raise UserError(f"the engine cannot render this model: {reason}; use the engine 'plain' or 'compiled'")
-    prep = Preparation(dtype, torch.device(device) if device is not None else next(model.parameters()).device)
+    prep = Preparation(dtype, torch.device(device) if device is not None else next(model.parameters()).device, uniform=True)
     net, name = model.net_coarse, "net_coarse"
     blocks = [
         Block(
