@@ -25,6 +25,7 @@ from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.reparam.architecture import create_model
 from shiftaddvit.serialization import load
 from shiftaddvit.train import FinetuneConfig, StageConfig, finetune, pretraining
+from shiftaddvit.train.latency import measure_expert_latency
 from shiftaddvit.train.run_folder import annotate_result
 
 CLASSES, SIZE, DEV = 200, 64, 5000
@@ -35,9 +36,9 @@ MODELS = {
     "deit_tiny_patch16_224": {"num_classes": CLASSES, "img_size": SIZE, "patch_size": 8, "drop_path_rate": 0.05},
 }
 PRETRAIN_AUGMENT = AugmentConfig(
-    scale=(0.25, 1.0), rand_augment="rand-m6-mstd0.5-inc1", erasing=0.1, mixup=0.2, cutmix=1.0, mix_probability=0.5, label_smoothing=0.1
+    scale=(0.25, 1.0), rand_augment="rand-m6-mstd0.5-inc1", erasing=0.1, mixup=0.2, cutmix=1.0, mix_probability=0.8, label_smoothing=0.1
 )
-FINETUNE_AUGMENT = replace(PRETRAIN_AUGMENT, scale=(0.35, 1.0))
+FINETUNE_AUGMENT = replace(PRETRAIN_AUGMENT, scale=(0.35, 1.0), mix_probability=0.5)
 
 
 def arrays(data: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -106,6 +107,15 @@ def row(args: argparse.Namespace) -> None:
     print(output.name, args.set, f"{result.evaluation.top1:.2f}", flush=True)
 
 
+def profile(args: argparse.Namespace) -> None:
+    """Measure the experts' latencies while nothing else uses the GPU; rows find them in the user's cache."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for recipe in args.recipe:
+        model = reparameterize(create_model(args.arch, MODELS[args.arch]), recipes[recipe]).to(device)
+        for name, seconds in measure_expert_latency(model, torch.randn(args.batch, 3, SIZE, SIZE, device=device)).items():
+            print(recipe, name, " ".join(f"{1e6 * second:.0f} us" for second in seconds), flush=True)
+
+
 def changed(recipe: Recipe, settings: list[str]) -> Recipe:
     """The recipe with `table.field=value` settings; a value is JSON, or else a word."""
     values = recipe.to_dict()
@@ -120,13 +130,16 @@ def changed(recipe: Recipe, settings: list[str]) -> Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("pretrain", pretrain), ("row", row)):
+    for name, function in (("pretrain", pretrain), ("profile", profile), ("row", row)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
-        command.add_argument("data", type=Path)
-        command.add_argument("out", type=Path)
         command.add_argument("--arch", choices=MODELS, default="pvt_v2_b0")
         command.add_argument("--batch", type=int, default=1024)
+        if name == "profile":
+            command.add_argument("--recipe", nargs="+", required=True)
+            continue
+        command.add_argument("data", type=Path)
+        command.add_argument("out", type=Path)
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--lr", type=float, default=1e-3 if name == "pretrain" else 2.5e-4)
         command.add_argument("--compile", action="store_true")

@@ -106,6 +106,16 @@ def test_token_convolution_is_a_window_of_neighbours_per_head():
     torch.testing.assert_close(layer.token_conv(v), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_token_convolution_by_taps_is_the_convolution():
+    layer = attention(heads=2).token_conv
+    torch.nn.init.normal_(layer.weight)
+    v, upstream = torch.randn(3, 2, 5, 8, requires_grad=True), torch.randn(3, 2, 5, 8)
+    found, expected = layer.by_taps(v), layer(v)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(y, (v, layer.weight), upstream) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_switched_off_attention_is_softmax_attention():
     layer = attention(BinaryConfig())
     layer.enabled = False
