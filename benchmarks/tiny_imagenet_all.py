@@ -84,16 +84,15 @@ class Job:
 
 
 def jobs(groups: list[str]) -> list[Job]:
-    """What each group runs, longest first inside a group, the dense control always."""
+    """What each group runs, the most wanted first, the dense control always."""
     found = [Job("dense-ft", "dense", seed) for seed in (SEEDS if "main" in groups else SEEDS[:1])]
     if "forms" in groups:
-        for name, settings in ANGULAR.items():
-            found.append(Job(f"linear-{name}", "ours-quant-linear", 0, _set(settings)))
-            found.append(Job(f"add-{name}", "ours-quant-add", 0, _set(settings)))
+        found += [Job(f"add-{name}", "ours-quant-add", 0, _set(settings)) for name, settings in ANGULAR.items()]
         for name, settings in list(CODES.items())[1:]:
             for base in ("own-mean-l2", "mean-mean-none"):
                 found.append(Job(f"add-{name}-{base}", "ours-quant-add", 0, _set((*ANGULAR[base], *settings))))
         found += [Job(f"shift-{name}", "ours-quant-shift", 0, options) for name, options in SHIFTS.items()]
+        found += [Job(f"linear-{name}", "ours-quant-linear", 0, _set(settings)) for name, settings in ANGULAR.items()]
     if "main" in groups:
         found += [Job(recipe, recipe, seed) for seed in SEEDS for recipe in reversed(MAIN)]
     if "rest" in groups:
