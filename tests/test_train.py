@@ -127,17 +127,17 @@ def test_a_broken_layer_is_named():
 def test_a_fused_optimiser_leaves_weights_alone_when_a_gradient_is_broken():
     from types import SimpleNamespace
 
-    from shiftaddvit.train.stage import _Loop
+    from shiftaddvit.train.update import Update
 
     linear = nn.Linear(3, 3)
     optimizer = make_optimizer(linear, "adamw", 1e-1, 0.1, 1.0, fused=True)
-    loop = _Loop.__new__(_Loop)
-    loop.run_, loop.optimizer = SimpleNamespace(accelerator=SimpleNamespace(scaler=None)), optimizer
+    update = Update.__new__(Update)
+    update.accelerator, update.optimizer = SimpleNamespace(scaler=None), optimizer
     for bad in (True, False):
         before = linear.weight.detach().clone()
         for parameter in linear.parameters():
             parameter.grad = torch.full_like(parameter, math.nan if bad else 1.0)
-        loop.skip_if_broken(torch.tensor(math.nan if bad else 1.0))
+        update.skip_if_broken(torch.tensor(math.nan if bad else 1.0))
         optimizer.step()
         assert linear.weight.isfinite().all() and torch.equal(linear.weight, before) == bad
 

@@ -1,4 +1,8 @@
-"""Time and memory of a training step: the product's own loop (`finetune`) on random images, dense and converted, eager and compiled."""
+"""Time and memory of a training step: the product's own loop (`finetune`) on random images, dense and converted.
+
+`eager` launches every kernel of every step; `graphed` records a step and replays it, as `finetune` does by itself on one GPU; `compiled`
+does the same with `torch.compile`. Without a GPU `graphed` is `eager`.
+"""
 
 import math
 import tempfile
@@ -20,8 +24,10 @@ from shiftaddvit.reparam.architecture import create_model
 from shiftaddvit.train import FinetuneConfig, StageConfig, finetune
 from shiftaddvit.train.run_folder import read_log
 
+MODES = ("eager", "graphed", "compiled")
+"""Ways to run the same step."""
 SAME_LOSS = 0.02
-"""Compiled and eager must reach the same loss after the same steps, to this share of it."""
+"""All modes must reach the same loss after the same steps, to this share of it."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class TrainPlan:
     """Names in timm's registry, and PVTv1's."""
     recipes: tuple[str, ...] = ("dense", "ours-quant-add", "ours-quant-shift", "ours-quant-moe")
     """`dense` first: the others are compared with it."""
-    modes: tuple[str, ...] = ("eager", "compiled")
-    """With and without torch.compile."""
+    modes: tuple[str, ...] = MODES
+    """The first is what the losses of the others are compared with."""
     batch: int = 256
     """Images a step."""
     image_size: int = 224
@@ -54,14 +60,15 @@ class TrainPlan:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for mode in self.modes:
-            if mode not in ("eager", "compiled"):
-                raise UserError(f"mode must be eager or compiled, got {mode!r}")
+            if mode not in MODES:
+                raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.config("eager")
 
     def config(self, mode: str) -> FinetuneConfig:
         """How a row trains: one stage that ends with the last batch. UserError for a precision that there is not."""
         return FinetuneConfig(
-            stages=(StageConfig("all", 1, lr=1e-5, warmup_epochs=0),), precision=self.precision, compile=mode == "compiled", evaluate_every=0,
+            stages=(StageConfig("all", 1, lr=1e-5, warmup_epochs=0),), precision=self.precision, compile=mode == "compiled",
+            cuda_graph=mode != "eager", evaluate_every=0,
             log_every=self.warmup + self.steps, checkpoint_minutes=1e6, cost="equal", seed=self.seed,
         )  # fmt: skip
 

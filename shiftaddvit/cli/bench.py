@@ -111,10 +111,11 @@ def train(
     memory."""
     keep, stored = _files("train-bench", as_json, against, overwrite)
     from shiftaddvit.bench import TrainPlan, bench_training
+    from shiftaddvit.bench.train import MODES
 
     chosen = ("dense", *_converted(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes))
     plan = TrainPlan(
-        _named(models), chosen, ("eager", "compiled") if compiled else ("eager",), batch_size, image_size, precision,
+        _named(models), chosen, MODES if compiled else MODES[:-1], batch_size, image_size, precision,
         steps=15 if quick else 30, minutes=4.0 if quick else 20.0,
     )  # fmt: skip
     result = bench_training(plan, show=typer.echo, keep=keep)

@@ -26,7 +26,7 @@ from .results import (
 from .sources import Source
 
 _SEED = re.compile(r"-s(\d+)$")
-_UNSHARED = ("seed", "log_every", "checkpoint_minutes", "tensorboard", "evaluate_every", "compile", "channels_last")
+_UNSHARED = ("seed", "log_every", "checkpoint_minutes", "tensorboard", "evaluate_every", "compile", "cuda_graph", "channels_last")
 """Settings of a run that do not make it another experiment."""
 
 

@@ -15,15 +15,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from shiftaddvit.layers.router import record_routing
-from shiftaddvit.losses import balance_loss, classification_loss, distillation_loss
 
 from .config import FinetuneConfig, StageConfig
 from .guard import NotFinite, first_broken_layer
 from .interrupt import Interrupted, deferred_interrupt
-from .latency import expert_costs
-from .optim import clipped_parameters, make_optimizer
+from .optim import make_optimizer
 from .position import Position, batches_from, step_seed
 from .progress import TrainingProgress
+from .step_graph import StepGraph
+from .update import Update
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Mod
             accelerator.scaler.load_state_dict(state["scaler"])
         if config.compile:
             model = torch.compile(model)
-        loop = _Loop(run, model, optimizer, schedule, ema, routing, steps)
+        update = Update(model, run.model, optimizer, routing, config, accelerator, run.teacher)
+        loop = _Loop(run, model, update, schedule, ema, steps)
         total, done = stage.epochs * steps, position.epoch * steps + position.step
         with TrainingProgress(f"stage {position.stage + 1} ({stage.label})", total, done, run.show) as progress, deferred_interrupt() as asked:
             loop.run(position, progress, asked)
@@ -87,11 +88,10 @@ def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Mod
 class _Loop:
     """The state that changes from step to step."""
 
-    def __init__(self, run: StageRun, model: nn.Module, optimizer, schedule, ema, routing: dict, steps: int):
-        self.run_, self.model, self.optimizer, self.schedule, self.ema, self.routing = run, model, optimizer, schedule, ema, routing
-        self.steps = steps
-        self.costs = expert_costs(run.model)
-        self.clipped = clipped_parameters(run.model)
+    def __init__(self, run: StageRun, model: nn.Module, update: Update, schedule, ema, steps: int):
+        self.run_, self.model, self.update, self.schedule, self.ema = run, model, update, schedule, ema
+        self.optimizer, self.steps = update.optimizer, steps
+        self.graph = StepGraph(update, lambda text: run.log({"event": "note", "note": text})) if run.config.cuda_graph else None
         self.losses: list[Tensor] = []
         self.first_loss_step = 0
         self.mean_loss = math.nan
@@ -148,45 +148,29 @@ class _Loop:
     def train_step(self, images: Tensor, targets: Tensor, position: Position) -> None:
         run, config = self.run_, self.run_.config
         device = run.accelerator.device
-        update = position.epoch * self.steps + position.step
-        self.schedule.step_update(update)
+        number = position.epoch * self.steps + position.step
+        self.schedule.step_update(number)
         torch.manual_seed(step_seed(config.seed, position, run.accelerator.process_index))
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        self.routing.clear()
-        output = self.model(images)
-        outputs = output if isinstance(output, tuple) else (output,)
-        loss = sum(classification_loss(logits, targets, config.label_smoothing) for logits in outputs) / len(outputs)
-        if run.teacher is not None and config.distill_weight:
-            with torch.no_grad(), run.accelerator.autocast():
-                taught = run.teacher(images)
-            distilled = sum(distillation_loss(logits, taught, config.distill_temperature) for logits in outputs) / len(outputs)
-            loss = (1 - config.distill_weight) * loss + config.distill_weight * distilled
-        if self.routing and config.balance_weight:
-            loss = loss + config.balance_weight * balance_loss(self.routing, self.costs)
-        if not self.losses:
-            self.first_loss_step = position.step
-        self.losses.append(loss.detach())
-        if device.type == "cpu":
-            # Reading the loss costs nothing here, so a bad one stops the run before it reaches the weights.
-            self.check(images)
-        run.accelerator.backward(loss)
-        if config.clip_grad is not None:
-            norm = run.accelerator.clip_grad_norm_(self.clipped, config.clip_grad)
-            self.skip_if_broken(norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.graph is not None and self.graph.takes(images, targets):
+            self.seen(self.graph.run(images, targets), position)
+        else:
+            loss = self.update.loss(images, targets)
+            self.seen(loss.detach(), position)
+            if device.type == "cpu":
+                # Reading the loss costs nothing here, so a bad one stops the run before it reaches the weights.
+                self.check(images)
+            self.update.learn(loss)
         if self.ema is not None:
-            self.ema.update(run.model, step=update)
+            self.ema.update(run.model, step=number)
         self.images += len(images) * run.accelerator.num_processes
 
-    def skip_if_broken(self, norm: Tensor) -> None:
-        """Let a fused optimiser leave the weights alone where a gradient is not finite, without waiting for the device, so that the layer
-        can still be found at the next check. A gradient scaler does so by itself."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        if self.run_.accelerator.scaler is None and inner.param_groups[0].get("fused"):
-            inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).float()
+    def seen(self, loss: Tensor, position: Position) -> None:
+        if not self.losses:
+            self.first_loss_step = position.step
+        self.losses.append(loss)
 
     def check(self, images: Tensor) -> None:
         """Look at the losses since the last check; stop at the first that is not finite."""

@@ -1,0 +1,73 @@
+"""Training steps recorded as CUDA graphs: the same numbers as steps that are not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from train_runs import STEPS, TWO_STAGES, loader, model
+
+from shiftaddvit.train import StageConfig, finetune
+from shiftaddvit.train.run_folder import read_log
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
+RECORDED = "steps are recorded as a CUDA graph"
+
+
+class Cycle:
+    """The loader's batches; from the fifth on every third one has one image less."""
+
+    def __init__(self, odd: bool = False):
+        self.inner, self.odd, self.batch_size = loader(device="cuda"), odd, 4
+
+    def __len__(self) -> int:
+        return 4 * STEPS
+
+    def __iter__(self):
+        for number in range(len(self)):
+            if number % STEPS == 0:
+                batches = iter(self.inner)
+            images, targets = next(batches)
+            yield (images[:-1], targets[:-1]) if self.odd and number >= 4 and number % 3 == 0 else (images, targets)
+
+
+def run(folder, recipe, batches, **changes):
+    """Losses of all steps, the notes of the log, and the trained weights."""
+    stages = (StageConfig("attention", 2, warmup_epochs=1), StageConfig("all", 2, warmup_epochs=1))
+    config = replace(TWO_STAGES, stages=stages, log_every=1, evaluate_every=0, **changes)
+    built = model(recipe)
+    finetune(built, batches, None, config, output=folder, show=False)
+    events = read_log(folder / "log.jsonl")
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    return losses, [event["note"] for event in events if event["event"] == "note"], built.state_dict()
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(torch.tensor(one[0]), torch.tensor(other[0]), rtol=2e-3, atol=2e-3)
+    for name, value in one[2].items():
+        torch.testing.assert_close(value.float(), other[2][name].float(), rtol=2e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("recipe", [None, "ours-quant-moe", "ours-ksh-add-shift", "adder-attention", "shiftaddnet"])
+def test_recorded_steps_train_as_others_do(tmp_path, recipe, precision):
+    found = run(tmp_path / "graph", recipe, Cycle(), precision=precision)
+    expected = run(tmp_path / "plain", recipe, Cycle(), precision=precision, cuda_graph=False)
+    assert found[1] and set(found[1]) == {RECORDED} and not expected[1]
+    assert len(set(expected[0])) > len(expected[0]) // 2, "losses that do not change would show nothing"
+    assert_same(found, expected)
+
+
+def test_a_batch_of_another_size_runs_as_it_is(tmp_path):
+    found = run(tmp_path / "graph", "ours-quant-moe", Cycle(odd=True))
+    assert set(found[1]) == {RECORDED}
+    assert_same(found, run(tmp_path / "plain", "ours-quant-moe", Cycle(odd=True), cuda_graph=False))
+
+
+def test_a_step_that_waits_for_the_device_is_not_recorded(tmp_path, monkeypatch):
+    from shiftaddvit.train.update import Update
+
+    computed = Update.loss
+    monkeypatch.setattr(Update, "loss", lambda self, *batch: (found := computed(self, *batch)) * (1.0 if found.item() else 1.0))
+    found = run(tmp_path / "graph", "ours-quant-moe", Cycle())
+    assert set(found[1]) == {"steps are not recorded as a CUDA graph: a step waits for the device"}
+    assert_same(found, run(tmp_path / "plain", "ours-quant-moe", Cycle(), cuda_graph=False))
