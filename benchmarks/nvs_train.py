@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from parts import cut, joined
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -56,8 +57,6 @@ from shiftaddvit.schema import stamped
 
 FLOORS = ("nearest", "sweep")
 ALL = (*FLOORS, "gnt", "gnt-longer", *ROWS, "nerf")
-PART = 15 << 20
-"""Bytes of a part of the weights."""
 LEAST = 25.0
 """Seconds that must be left to start a row."""
 SPARE = 20.0
@@ -288,11 +287,8 @@ def export(model: Path, folder: Path, name: str) -> None:
     halves = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
     whole = folder / f".{name}.tmp"
     save_file(halves, whole, metadata=header)
-    data = whole.read_bytes()
+    cut(whole, folder, name)
     whole.unlink()
-    for number, begin in enumerate(range(0, len(data), PART)):
-        with atomic_write(folder / f"{name}.{number}") as temporary:
-            Path(temporary).write_bytes(data[begin : begin + PART])
 
 
 def put_back(given: argparse.Namespace) -> None:
@@ -304,10 +300,9 @@ def put_back(given: argparse.Namespace) -> None:
         for row, scores in table.get(name, {}).items():
             if not (folder / f"{row}.json").exists():
                 write_json(folder / f"{row}.json", scores)
-        parts, model = sorted(given.weights.glob(f"{name}-gnt.[0-9]")), folder / "gnt" / "model.safetensors"
-        if parts and not model.exists():
-            with atomic_write(model) as temporary:
-                Path(temporary).write_bytes(b"".join(part.read_bytes() for part in parts))
+        model = folder / "gnt" / "model.safetensors"
+        if not model.exists():
+            joined(given.weights, f"{name}-gnt", model)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Pre-train a model on Tiny-ImageNet if need be, then fine-tune every row of its table: several at a time on each GPU.
 
-    python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group forms --split dev --gpus 0
+    python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group forms --split dev --keep runs/keep
     python benchmarks/tiny_imagenet_all.py DATA OUT --arch pvt_v2_b0 --group main rest baselines --split val --gpus 0 1
 
 A row is done when OUT/RUN/result.json is there; the same command goes on with what is not (`--minutes` for machines that are lent). Every row starts from the same dense weights,
@@ -11,13 +11,16 @@ Experts' latencies are measured before the first row, while nothing else uses th
 import argparse
 import math
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_imagenet import MODELS, arrays
+from parts import cut, joined
+from tiny_imagenet import MODELS, WEIGHTS, arrays
 
 SEEDS = (0, 1, 2)
 
@@ -39,6 +42,9 @@ CODES = {
     "zero01-unit": ("binary.threshold=zero", "angular.unit_codes=true"),
 }
 """Forms of codes."""
+
+FINALISTS = (("own-mean-l2", "own-mean-none"), ("token01", "token-pm1"))
+"""Forms and codes that a first look at all of them, one seed each, could not tell from the best; `finals` gives them all seeds."""
 
 SHIFTS = {
     "ps": (),
@@ -75,24 +81,24 @@ class Job:
         return args.out / f"{args.arch}-{self.name}-s{self.seed}"
 
     def command(self, args: argparse.Namespace) -> list[str]:
-        weights = args.weights or args.out / args.arch / "model.safetensors"
         return [
-            sys.executable, str(Path(__file__).with_name("tiny_imagenet.py")), "row", str(args.data), str(args.out), "--arch", args.arch,
-            "--weights", str(weights), "--recipe", self.recipe, "--name", self.name, "--seed", str(self.seed), "--split", args.split,
+            *_script("row"), str(args.data), str(args.out), "--arch", args.arch, "--weights", str(args.out / args.arch / WEIGHTS),
+            "--recipe", self.recipe, "--name", self.name, "--seed", str(self.seed), "--split", args.split,
             "--epochs", *map(str, args.epochs), *(["--compile"] if args.compile else []), *self.options,
         ]  # fmt: skip
 
 
 def jobs(groups: list[str]) -> list[Job]:
     """What each group runs, the most wanted first, the dense control always."""
-    found = [Job("dense-ft", "dense", seed) for seed in (SEEDS if "main" in groups else SEEDS[:1])]
+    found = [Job("dense-ft", "dense", seed) for seed in (SEEDS if {"main", "finals"} & set(groups) else SEEDS[:1])]
     if "forms" in groups:
-        found += [Job(f"add-{name}", "ours-quant-add", 0, _set(settings)) for name, settings in ANGULAR.items()]
-        for name, settings in list(CODES.items())[1:]:
-            for base in ("own-mean-l2", "mean-mean-none"):
-                found.append(Job(f"add-{name}-{base}", "ours-quant-add", 0, _set((*ANGULAR[base], *settings))))
+        found += [_add(form, "token01") for form in ANGULAR]
+        found += [_add(form, codes) for codes in list(CODES)[1:] for form in ("own-mean-l2", "mean-mean-none")]
         found += [Job(f"shift-{name}", "ours-quant-shift", 0, options) for name, options in SHIFTS.items()]
         found += [Job(f"linear-{name}", "ours-quant-linear", 0, _set(settings)) for name, settings in ANGULAR.items()]
+    if "finals" in groups:
+        found += [_add(form, codes, seed) for seed in SEEDS for codes in FINALISTS[1] for form in FINALISTS[0]]
+        found += [Job(f"linear-{form}", "ours-quant-linear", seed, _set(ANGULAR[form])) for seed in SEEDS for form in FINALISTS[0]]
     if "main" in groups:
         found += [Job(recipe, recipe, seed) for seed in SEEDS for recipe in reversed(MAIN)]
     if "rest" in groups:
@@ -102,41 +108,82 @@ def jobs(groups: list[str]) -> list[Job]:
     return list(dict.fromkeys(found))
 
 
+def _add(form: str, codes: str, seed: int = 0) -> Job:
+    name = f"add-{form}" if codes == "token01" else f"add-{codes}-{form}"
+    return Job(name, "ours-quant-add", seed, _set((*ANGULAR[form], *CODES[codes])))
+
+
 def _set(settings: tuple[str, ...]) -> tuple[str, ...]:
     return ("--set", *settings) if settings else ()
 
 
 def run(args: argparse.Namespace) -> None:
-    began = time.monotonic()
+    end = time.monotonic() + 60 * args.minutes
     arrays(args.data)
-    weights = args.weights or args.out / args.arch / "model.safetensors"
-    if not weights.exists():
-        command = [sys.executable, str(Path(__file__).with_name("tiny_imagenet.py")), "pretrain", str(args.data), str(args.out), "--arch", args.arch]
-        command += ["--epochs", str(args.pretrain_epochs), *(["--compile"] if args.compile else [])]
-        subprocess.run(command, env=_environment(args.gpus[0]), check=True)
+    if not pretrained(args, end):
+        print("pre-training goes on with the next call")
+        return
     waiting = [job for job in jobs(args.group) if not (job.folder(args) / "result.json").exists()]
     mixtures = sorted({job.recipe for job in waiting if job.recipe.endswith("moe")})
     if mixtures:
-        command = [sys.executable, str(Path(__file__).with_name("tiny_imagenet.py")), "profile", "--arch", args.arch, "--recipe", *mixtures]
-        subprocess.run(command, env=_environment(args.gpus[0]), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*_script("profile"), "--arch", args.arch, "--recipe", *mixtures], env=_environment(args.gpus[0]), check=True, stdout=subprocess.DEVNULL)
     running: dict[tuple[str, int], tuple[Job, subprocess.Popen, float]] = {}
-    slots = [(gpu, place) for place in range(args.at_once) for gpu in args.gpus]
-    end, longest = began + 60 * args.minutes, 0.0
-    while running or (waiting and time.monotonic() + longest < end):
+    slots, longest = [(gpu, place) for place in range(args.at_once) for gpu in args.gpus], 0.0
+    while (running and time.monotonic() < end) or (waiting and time.monotonic() + longest < end):
         for slot in slots:
             if slot in running and running[slot][1].poll() is not None:
                 job, process, since = running.pop(slot)
                 longest = max(longest, 1.1 * (time.monotonic() - since))
                 _report(args, job, process.returncode, time.monotonic() - since)
+                keep(args)
             if slot not in running and waiting and time.monotonic() + longest < end:
                 job = waiting.pop(0)
-                args.out.mkdir(parents=True, exist_ok=True)
                 with _log(args, job).open("w") as log:
                     process = subprocess.Popen(job.command(args), env=_environment(slot[0]), stdout=log, stderr=subprocess.STDOUT)
                 running[slot] = job, process, time.monotonic()
-        time.sleep(0.5)
+        time.sleep(0.2)
+    for _, process, _ in running.values():
+        process.terminate()
     missing = [job for job in jobs(args.group) if not (job.folder(args) / "result.json").exists()]
     print(f"{len(missing)} rows are left: run the same command again" if missing else "all rows are done")
+
+
+def pretrained(args: argparse.Namespace, end: float) -> bool:
+    """Whether the dense weights are there: from an earlier KEEP, or trained now, going on where an earlier call stopped."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights = args.out / args.arch / WEIGHTS
+    if weights.exists() or (args.dense is not None and joined(args.dense, f"{args.arch}-dense", weights)):
+        return True
+    command = [*_script("pretrain"), str(args.data), str(args.out), "--arch", args.arch, "--epochs", str(args.pretrain_epochs)]
+    with (args.out / f"{args.arch}.txt").open("a") as log:
+        process = subprocess.Popen([*command, *(["--compile"] if args.compile else [])], env=_environment(args.gpus[0]), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # which leaves a checkpoint
+        process.wait()
+    lines = (args.out / f"{args.arch}.txt").read_text().splitlines()
+    print("\n".join(lines[-1 if weights.exists() else -8 :]), flush=True)
+    keep(args)
+    return weights.exists()
+
+
+def keep(args: argparse.Namespace) -> None:
+    """What is worth carrying away, into KEEP: the result files of all rows as one archive, and the dense weights in parts."""
+    if args.keep is None:
+        return
+    args.keep.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(args.keep / f"{args.arch}.tgz", "w:gz") as archive:
+        for result in sorted(args.out.glob(f"{args.arch}*/result.json")):
+            name = result.parent.name
+            archive.add(result, f"{f'{name}-dense-s0' if name == args.arch else name}.json")
+    weights = args.out / args.arch / WEIGHTS
+    if weights.exists() and not (args.keep / f"{args.arch}-dense.0").exists():
+        cut(weights, args.keep, f"{args.arch}-dense")
+
+
+def _script(command: str) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name("tiny_imagenet.py")), command]
 
 
 def _report(args: argparse.Namespace, job: Job, code: int, seconds: float) -> None:
@@ -158,17 +205,18 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arch", choices=MODELS, default="pvt_v2_b0")
-    parser.add_argument("--group", nargs="+", choices=("forms", "main", "rest", "baselines"), default=["main"])
+    parser.add_argument("--group", nargs="+", choices=("forms", "finals", "main", "rest", "baselines"), default=["main"])
     parser.add_argument("--split", choices=("dev", "val"), default="dev")
     parser.add_argument("--epochs", type=int, nargs=2, default=(10, 10))
     parser.add_argument("--pretrain-epochs", type=int, default=200)
     parser.add_argument("--compile", action="store_true", help="compile the training steps; what was compiled is kept by torch for the next run of a row")
-    parser.add_argument("--weights", type=Path, help="dense weights; OUT/ARCH/model.safetensors when left out")
+    parser.add_argument("--dense", type=Path, help="an earlier KEEP, to start from its dense weights")
+    parser.add_argument("--keep", type=Path, help="where results and dense weights go after every row")
     parser.add_argument("--gpus", nargs="+", default=["0"])
     parser.add_argument("--at-once", type=int, default=5, help="runs at a time on each GPU")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no row that would end later, going by the longest so far")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no row that would end later, going by the longest so far; stop what still runs then")
     args = parser.parse_args()
-    if "forms" in args.group and args.split != "dev":
+    if {"forms", "finals"} & set(args.group) and args.split != "dev":
         parser.error("forms are compared on the dev split: the validation images are for the table")
     run(args)
 

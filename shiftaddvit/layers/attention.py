@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shiftaddvit.numerics import binarize, binary_threshold
 from shiftaddvit.numerics.binarize import Codes, Threshold
@@ -221,10 +222,17 @@ class AngularAttention(ProjectedAttention):
     def attend(
         self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
     ) -> Float[Tensor, "B h N d"]:
-        output = self.mix(*self.encode(q, k), v)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Codes, lengths and sums in float32 are five times what goes in: computed again instead of kept.
+            output = checkpoint(self._encoded_and_mixed, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output = self._encoded_and_mixed(q, k, v)
         if self.training and self.config.sparse_threshold:
             output = output + self._sparse(q, k, v).to(output.dtype)
         return output
+
+    def _encoded_and_mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.mix(*self.encode(q, k), v)
 
     def encode(self, q: Float[Tensor, "B h N d"], k: Float[Tensor, "B h N d"]) -> tuple[Tensor, Tensor]:
         """Unit-length queries and keys, or their codes."""

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shiftaddvit.ops.moe_linear import moe_linear
+
+from .lean import as_computed, attach_gate
 from .router import Gate, Router, Routing
 from .shift import ShiftConfig, ShiftLinear
 
@@ -38,10 +41,10 @@ class MoEConfig:
 
 
 class _Mixture(nn.Module):
-    """A router over experts of the same signature. The reference computes every expert on every token and keeps the routed row, so
-    it has no host sync and no data-dependent shape; kernels that compute each token once live in `ops/moe_linear`.
+    """A router over experts of the same signature. Every expert is computed on every token and the routed row kept, so there is no host
+    sync and no data-dependent shape; `MoELinear` trains on a GPU by a kernel that computes what is kept (`ops/moe_linear`).
 
-    With `enabled = False` every token goes to the first expert.
+    Under autocast router and experts see the rows in the dtype that the experts compute in, as a deployed engine does. With `enabled = False` every token goes to the first expert.
     """
 
     def __init__(self, dim: int, experts: list[nn.Module], config: MoEConfig):
@@ -56,15 +59,19 @@ class _Mixture(nn.Module):
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         if not self.enabled:
             return self.experts[0](x)
-        return self._select(x, self.router(x))
+        x = as_computed(x)
+        routing = self.router(x)
+        output = self.routed(x, routing)
+        if self.config.gate == "paper":
+            return output * routing.gate.unsqueeze(-1).to(output.dtype)
+        return attach_gate(output, routing.gate) if torch.is_grad_enabled() else output  # the gate is exactly one
 
-    def _select(self, x: Tensor, routing: Routing) -> Tensor:
+    def routed(self, x: Tensor, routing: Routing) -> Tensor:
+        """Each token's expert on it, before the gate."""
         output = self.experts[0](x)
         for number, expert in enumerate(self.experts[1:], start=1):
             output = torch.where((routing.index == number).unsqueeze(-1), expert(x), output)
-        if self.config.gate == "value-preserving" and not torch.is_grad_enabled():
-            return output  # the gate is exactly one
-        return output * routing.gate.unsqueeze(-1).to(output.dtype)
+        return output
 
 
 class MoELinear(_Mixture):
@@ -81,6 +88,19 @@ class MoELinear(_Mixture):
         }
         layer = cls(linear.in_features, [make[kind]() for kind in config.experts], config)
         return layer.to(linear.weight.device).train(linear.training)
+
+    def routed(self, x: Tensor, routing: Routing) -> Tensor:
+        if not self.trains_by_kernel(x):
+            return super().routed(x, routing)
+        weight = torch.stack([expert.weight.to(x.dtype) for expert in self.experts])
+        biases = [expert.bias for expert in self.experts]
+        bias = None if biases[0] is None else torch.stack(biases).float()
+        return moe_linear(x, routing.index.to(torch.int8), weight, bias)
+
+    def trains_by_kernel(self, x: Tensor) -> bool:
+        """Whether a kernel computes the routed rows alone: two plain experts in half precision on a GPU, with gradients."""
+        plain = all(type(expert) is nn.Linear or (type(expert) is ShiftLinear and not expert.config.fixed_point) for expert in self.experts)
+        return x.is_cuda and torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16) and plain and len(self.experts) == 2
 
     @property
     def in_features(self) -> int:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .lean import wide_linear
+
 Gate = Literal["value-preserving", "paper"]
 
 
@@ -47,7 +49,10 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
-            clean = F.linear(x.float(), self.weight.float())
+            if torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16):
+                clean = wide_linear(x, self.weight)
+            else:
+                clean = F.linear(x.float(), self.weight.float())
             noisy = clean + torch.randn_like(clean) * self.noise_std if self.training and self.noise else clean
             probs = noisy.softmax(dim=-1)
             index = noisy.argmax(dim=-1)

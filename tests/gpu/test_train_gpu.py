@@ -6,6 +6,7 @@ import pytest
 import torch
 from train_runs import STEPS, TWO_STAGES, loader, model
 
+from shiftaddvit.layers import MoEConfig, MoELinear
 from shiftaddvit.train import StageConfig, finetune
 from shiftaddvit.train.run_folder import read_log
 
@@ -71,3 +72,27 @@ def test_a_step_that_waits_for_the_device_is_not_recorded(tmp_path, monkeypatch)
     found = run(tmp_path / "graph", "ours-quant-moe", Cycle())
     assert set(found[1]) == {"steps are not recorded as a CUDA graph: a step waits for the device"}
     assert_same(found, run(tmp_path / "plain", "ours-quant-moe", Cycle(), cuda_graph=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", ["value-preserving", "paper"])
+def test_a_mixture_trained_by_its_kernel_equals_the_one_that_computes_every_expert(monkeypatch, gate, dtype):
+    torch.manual_seed(0)
+    layer = MoELinear.from_linear(torch.nn.Linear(96, 160), MoEConfig(gate=gate)).cuda()
+    for number, expert in enumerate(layer.experts):
+        expert.bias.data += number
+    x, upstream = torch.randn(7, 111, 96, device="cuda", requires_grad=True), torch.randn(7, 111, 160, device="cuda")
+
+    def results():
+        torch.manual_seed(1)  # of the router's noise
+        with torch.autocast("cuda", dtype=dtype):
+            y = layer(x)
+        return y, torch.autograd.grad(y, (x, *layer.parameters()), upstream.to(y.dtype))
+
+    assert layer.trains_by_kernel(x.to(dtype)) and not layer.trains_by_kernel(x)
+    y, found = results()
+    monkeypatch.setattr(MoELinear, "trains_by_kernel", lambda self, x: False)
+    expected_y, expected = results()
+    torch.testing.assert_close(y, expected_y, rtol=2e-2, atol=2e-2)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()
