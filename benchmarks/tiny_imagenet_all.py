@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
                 running[slot] = job, process, time.monotonic()
         time.sleep(0.2)
     for _, process, _ in running.values():
-        process.terminate()
+        process.kill()
     missing = [job for job in jobs(args.group) if not (job.folder(args) / "result.json").exists()]
     print(f"{len(missing)} rows are left: run the same command again" if missing else "all rows are done")
 

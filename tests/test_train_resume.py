@@ -1,6 +1,7 @@
 """A run that is stopped and resumed equals one that never was; a run that cannot be resumed is refused and left alone."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,6 +47,23 @@ def test_resuming_after_ctrl_c_equals_an_uninterrupted_run(at, fresh, tmp_path, 
     assert same(resumed, uninterrupted)
     assert [(entry["stage"], entry["epoch"]) for entry in result.history] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert same(shiftaddvit.load(tmp_path / "run" / "model.safetensors"), uninterrupted)
+
+
+def test_sigterm_stops_like_ctrl_c_but_ends_a_worker_process_at_once(tmp_path, uninterrupted):
+    def terminate(images: torch.Tensor) -> torch.Tensor:
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        return images
+
+    stopped = model()
+    with pytest.raises(Interrupted):
+        finetune(stopped, Stopping(1, terminate), loader(False), TWO_STAGES, output=tmp_path / "run", show=False)
+    finetune(stopped, loader(), loader(False), TWO_STAGES, output=tmp_path / "run", resume=True, show=False)
+    assert same(stopped, uninterrupted)
 
 
 def test_ctrl_c_during_an_evaluation_stops_too(tmp_path, uninterrupted):

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from shiftaddvit.model_card import ModelFacts
 
 
+NO_IMAGES = "the recipe's hash functions learn from images: give --calibrate DATA, or use finetune, which does it by itself"
+
+
 def convert(
     model: options.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.")],
@@ -43,6 +46,8 @@ def convert(
     size = (size, size) if isinstance(size, int) else size
     choice = ModelChoice(model, options.model_args(model_arg), weights, pretrained, num_classes, size, seed)
     check_recipe(recipe)
+    if calibrate is None and recipe is not None and hashes(recipe):
+        raise UserError(NO_IMAGES)
 
     from shiftaddvit.reparam.calibrate import needs_calibration
     from shiftaddvit.serialization import round_dense, save
@@ -90,6 +95,16 @@ def check_recipe(recipe: str | None) -> None:
         as_recipe(recipe)
 
 
+def hashes(recipe: str) -> bool:
+    """Whether a recipe learns hash functions in all of a model's attention; with overrides only the model tells."""
+    from shiftaddvit.reparam.recipe import as_recipe
+
+    if recipe == "dense":
+        return False
+    found = as_recipe(recipe)
+    return not found.overrides and (found.add == "ksh" or found.attention == "ecoformer")
+
+
 def apply_recipe(network: "nn.Module", recipe: str | None, say: Say, verbose: bool = False) -> None:
     """Convert in place and say what became of the parts; None and `dense` leave the model as it is."""
     from shiftaddvit.reparam import reparameterize
@@ -116,7 +131,7 @@ def calibrate_on(network: "nn.Module", data: str | None, form: object, seed: int
     from .image_choice import DataChoice, some_images
 
     if data is None:
-        raise UserError("the recipe's hash functions learn from images: give --calibrate DATA, or use finetune, which does it by itself")
+        raise UserError(NO_IMAGES)
     images = some_images(DataChoice(data).open("train"), form, 8, seed)
     if len(images) == 0:
         raise UserError(f"none of the images of {data} drawn for calibration can be read")

@@ -59,6 +59,7 @@ def export(
     settings = {
         "classes": choice.stored().get("classes"), "image_size": list(form.size), "crop_pct": form.crop_pct, "mean": list(form.mean), "std": list(form.std),
     }  # fmt: skip
+    typer.echo("tracing, writing and running what was written; large models take minutes")
     with told_when_disk_is_full(output):
         report = write(network, output, format, images=samples, packed=packed, opset=opset, tolerance=tolerance, metadata=settings)
     typer.echo(f"written: {report}")
