@@ -22,6 +22,7 @@ from shiftaddvit.data.augment import AugmentConfig
 from shiftaddvit.data.decode import decode_parquet
 from shiftaddvit.data.resident import ResidentLoader
 from shiftaddvit.evaluation import evaluate
+from shiftaddvit.models import load_pretrained
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.reparam.architecture import create_model
 from shiftaddvit.serialization import load, round_dense, save
@@ -36,7 +37,10 @@ MODELS = {
     "pvt_v2_b1": {"num_classes": CLASSES, "drop_path_rate": 0.1},
     "pvt_tiny": {"num_classes": CLASSES, "img_size": SIZE, "drop_path_rate": 0.1},
     "deit_tiny_patch16_224": {"num_classes": CLASSES, "img_size": SIZE, "patch_size": 8, "drop_path_rate": 0.05},
+    "vit_small_patch14_dinov2": {"num_classes": CLASSES, "img_size": 112, "drop_path_rate": 0.1},
 }
+RATES = {"vit_small_patch14_dinov2": 1e-4}
+"""Learning rates of fine-tuning at a batch of 512 where they are not 2.5e-4."""
 PRETRAIN_AUGMENT = AugmentConfig(
     scale=(0.25, 1.0), rand_augment="rand-m6-mstd0.5-inc1", erasing=0.1, mixup=0.2, cutmix=1.0, mix_probability=0.8, label_smoothing=0.1
 )
@@ -60,9 +64,9 @@ def arrays(data: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def loaders(data: Path, batch: int, seed: int, split: str, augment: AugmentConfig, device: str, dtype: torch.dtype):
-    found = arrays(data)
-    common = {"classes": CLASSES, "device": device, "dtype": dtype}
+def loaders(args: argparse.Namespace, split: str, augment: AugmentConfig, device: str):
+    found, batch, seed = arrays(args.data), args.batch, args.seed
+    common = {"classes": CLASSES, "device": device, "image_size": MODELS[args.arch].get("img_size", SIZE)}
     train = ResidentLoader(*found["train"], train=True, batch_size=batch, augment=augment, seed=seed, **common)
     return train, ResidentLoader(*found[split], train=False, batch_size=1000, **common)
 
@@ -77,9 +81,11 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = create_model(args.arch, MODELS[args.arch])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train, val = loaders(args.data, args.batch, args.seed, "val", PRETRAIN_AUGMENT, device, torch.float32)
+    train, val = loaders(args, "val", FINETUNE_AUGMENT if args.start else PRETRAIN_AUGMENT, device)
+    if args.start:
+        load_pretrained(model, args.start)
     config = replace(
-        pretraining(args.epochs, lr=args.lr, seed=args.seed, ema_decay=0.9995),
+        pretraining(args.epochs, lr=args.lr, seed=args.seed, ema_decay=None if args.start else 0.9995),
         precision="bf16" if device == "cuda" else "no", compile=args.compile, evaluate_every=20, checkpoint_minutes=1.0, log_every=100,
     )  # fmt: skip
     output = args.out / args.arch
@@ -98,9 +104,10 @@ def row(args: argparse.Namespace) -> None:
     if args.recipe != "dense":
         reparameterize(model, changed(recipes[args.recipe], args.set))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train, val = loaders(args.data, args.batch, args.seed, args.split, FINETUNE_AUGMENT, device, torch.float32)
+    train, val = loaders(args, args.split, FINETUNE_AUGMENT, device)
     first, second = args.epochs
-    stages = (StageConfig("attention", first, lr=args.lr), StageConfig("all", second, lr=args.lr2 or args.lr))
+    rate = args.lr or RATES.get(args.arch, 2.5e-4)
+    stages = (StageConfig("attention", first, lr=rate), StageConfig("all", second, lr=args.lr2 or rate))
     config = FinetuneConfig(
         stages=stages, seed=args.seed, precision="bf16" if device == "cuda" else "no", evaluate_every=0, shift_lr_scale=args.shift_lr,
         adder_lr_scale=args.adder_lr,
@@ -146,10 +153,11 @@ def main() -> None:
         command.add_argument("data", type=Path)
         command.add_argument("out", type=Path)
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--lr", type=float, default=1e-3 if name == "pretrain" else 2.5e-4)
+        command.add_argument("--lr", type=float, default=1e-3 if name == "pretrain" else None)
         command.add_argument("--compile", action="store_true")
         if name == "pretrain":
             command.add_argument("--epochs", type=int, default=300)
+            command.add_argument("--start", type=Path, help="foundation weights to start from instead of random ones")
             continue
         command.add_argument("--weights", type=Path, required=True)
         command.add_argument("--recipe", default="ours-quant-moe")

@@ -155,6 +155,7 @@ def pretrained(args: argparse.Namespace, end: float) -> bool:
     if weights.exists() or (args.dense is not None and joined(args.dense, f"{args.arch}-dense", weights)):
         return True
     command = [*_script("pretrain"), str(args.data), str(args.out), "--arch", args.arch, "--epochs", str(args.pretrain_epochs)]
+    command += ["--start", str(args.start), "--lr", "1e-4"] if args.start else []
     with (args.out / f"{args.arch}.txt").open("a") as log:
         process = subprocess.Popen([*command, *(["--compile"] if args.compile else [])], env=_environment(args.gpus[0]), stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs=2, default=(10, 10))
     parser.add_argument("--pretrain-epochs", type=int, default=200)
     parser.add_argument("--compile", action="store_true", help="compile the training steps; what was compiled is kept by torch for the next run of a row")
+    parser.add_argument("--start", type=Path, help="foundation weights to fine-tune as the dense model, instead of pre-training")
     parser.add_argument("--dense", type=Path, help="an earlier KEEP, to start from its dense weights")
     parser.add_argument("--keep", type=Path, help="where results and dense weights go after every row")
     parser.add_argument("--gpus", nargs="+", default=["0"])
