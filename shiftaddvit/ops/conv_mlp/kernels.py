@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
-from .pieces import _convolve, _finish, _hidden, _joined, _lead, _operands, _rows, _spots, _start_fc2, column_layout, out_layout, tap_layout
+from .pieces import _convolve, _finish, _hidden, _joined, _lead, _operands, _rows, _spots, _start_fc2, barrier, column_layout, out_layout, tap_layout
 
 
 @gluon.jit
@@ -43,15 +43,17 @@ def conv_mlp_kernel(
 
     # Weights do not come from the kernel before this one.
     act = gl.allocate_shared_memory(gl.float16, [128, F], WIDE)
-    own1 = gl.allocate_shared_memory(gl.float16, [128, C], NARROW)
-    flags = gl.allocate_shared_memory(gl.float16, [128, 16], NARROWER)
+    own1, own2, flags = (), (), ()
+    for row in gl.static_range(2):
+        own1 = own1 + (gl.allocate_shared_memory(gl.float16, [64, C], NARROW),)
+        own2 = own2 + (gl.allocate_shared_memory(gl.float16, [64, C], NARROW) if E1 == 2 else own1[row],)
+        flags = flags + (gl.allocate_shared_memory(gl.float16, [64, 16], NARROWER),)
     n = gl.arange(0, C * E2, gl.SliceLayout(1, L64))
     # Columns of fc2 in the order in which a thread's are adjacent channels.
     w2s = _matrix(w2, n // C * C + n // 2 % 4 * (C // 4) + n // 8 % (C // 8) * 2 + n % 2, C * E2, F, WIDE, L64)
     route2s = _matrix(route2, gl.arange(0, 8, gl.SliceLayout(1, L64)), 8, F, WIDE, L64) if E2 == 2 else w2s
     w1s = _matrix(w1, gl.arange(0, F, gl.SliceLayout(1, LX)), F, C, NARROW, LX)
     w1bs = _matrix(w1 + F * C, gl.arange(0, F, gl.SliceLayout(1, LX)), F, C, NARROW, LX) if E1 == 2 else w1s
-    own2 = gl.allocate_shared_memory(gl.float16, [128, C], NARROW) if E1 == 2 else own1
     # Biases are a product too: one with each row's flags, of their upper halves and their lower ones.
     fs, kinds = gl.arange(0, F, gl.SliceLayout(1, L16)), gl.arange(0, 16, gl.SliceLayout(0, L16))
     bias = gl.load(b1 + kinds[None, :] % 8 * F + fs[:, None], mask=(kinds[None, :] % 8 < E1) & (fs[:, None] >= 0), other=0.0)
@@ -91,11 +93,11 @@ def conv_mlp_kernel(
     tile0, tile1 = _rows(x, offset, y, ks, H), _rows(x, offset + W * C, y + 1, ks, H)
 
     for step in range(ROWS // 2 + 1):
-        _operands(tile0, (y >= 0) & (y < H), 0, own1, own2, flags, gamma, beta, ks, route, eps, E1, C, LX)
-        _operands(tile1, (y + 1 >= 0) & (y + 1 < H), 1, own1, own2, flags, gamma, beta, ks, route, eps, E1, C, LX)
+        _operands(tile0, (y >= 0) & (y < H), own1[0], own2[0], flags[0], gamma, beta, ks, route, eps, E1, C, LX)
+        _operands(tile1, (y + 1 >= 0) & (y + 1 < H), own1[1], own2[1], flags[1], gamma, beta, ks, route, eps, E1, C, LX)
         acc = _start_fc2(act, w2s, C * E2, WARPS)
+        h = _hidden(own1[0], own2[0], flags[0], w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
         lead = _lead(act, route2s, F, WARPS) if E2 == 2 else 0
-        h = _hidden(0, own1, own2, flags, w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
         # The first step of a strip has no finished rows, and the one behind it only those above the strip.
         ready = (y_out < H) & (step >= 2)
         if not LATE:
@@ -105,6 +107,8 @@ def conv_mlp_kernel(
         if LATE:
             acc = warpgroup_mma_wait(0, (acc,))
             _finish(acc, lead, b2, x, out, place, ready, C, E2, LO)
+        # Every warp's products have read the rows that are now written over.
+        barrier()
         act.slice(0, 64).store(_joined(done, COLUMNS, F, MMA, LH))
         y += 2
         offset += 2 * W * C
@@ -112,7 +116,7 @@ def conv_mlp_kernel(
         place += 2 * W * C
         # Under way while the second row is computed.
         tile0, tile1 = _rows(x, offset, y, ks, H), _rows(x, offset + W * C, y + 1, ks, H)
-        h = _hidden(1, own1, own2, flags, w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
+        h = _hidden(own1[1], own2[1], flags[1], w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
         done, above, here = _convolve(h, above, here, taps, shift, COLUMNS, LANES, LH)
         act.slice(64, 64).store(_joined(done, COLUMNS, F, MMA, LH))
         fence_async_shared()

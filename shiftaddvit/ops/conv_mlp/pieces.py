@@ -26,6 +26,10 @@ HALF_GELU = gl.constexpr(
 )
 
 
+# Its name changed in Triton 3.7.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
 @gluon.jit
 def _gelu(half):
     """GELU(2 · half), two at a time."""
@@ -108,9 +112,7 @@ def _rows(x, offset, y, ks, H):
 
 
 @gluon.jit
-def _operands(
-    tile, inside, i: gl.constexpr, own1, own2, flags, gamma, beta, ks, route, eps, E1: gl.constexpr, C: gl.constexpr, LX: gl.constexpr,
-):  # fmt: skip
+def _operands(tile, inside, own1, own2, flags, gamma, beta, ks, route, eps, E1: gl.constexpr, C: gl.constexpr, LX: gl.constexpr):
     """LayerNorm and router of one row: to shared memory as fc1's left operands, each expert's rows with zeros for the other's, and which
     bias each row gets."""
     a = tile.to(gl.float32)
@@ -118,24 +120,25 @@ def _operands(
     a = a * gl.rsqrt(gl.sum(a * a, 1) / C + eps)[:, None]
     a = (a * gl.load(gamma + ks)[None, :] + gl.load(beta + ks)[None, :]).to(gl.float16)
     kinds = gl.arange(0, 16, gl.SliceLayout(0, LX)) % 8
+    one = gl.full([64], 1.0, gl.float16, gl.SliceLayout(1, LX))
+    zero = gl.full([64], 0.0, gl.float16, gl.SliceLayout(1, LX))
     none = gl.full([64, 16], 0.0, gl.float16, LX)
     if E1 == 2:
         second = gl.sum(a.to(gl.float32) * route.load(gl.SliceLayout(0, LX))[None, :], 1) > 0
-        mine = gl.where(inside & (second == 0), 1.0, 0.0).to(gl.float16)[:, None]
-        other = gl.where(inside & second, 1.0, 0.0).to(gl.float16)[:, None]
-        own2.slice(64 * i, 64).store(_times(a, other))
+        mine = gl.where(inside & (second == 0), one, zero)[:, None]
+        other = gl.where(inside & second, one, zero)[:, None]
+        own2.store(_times(a, other))
         none = gl.where((kinds == 1)[None, :], other, none)
     else:
-        mine = gl.where(inside, 1.0, 0.0).to(gl.float16)[:, None]
-    own1.slice(64 * i, 64).store(_times(a, mine))
-    flags.slice(64 * i, 64).store(gl.where((kinds == 0)[None, :], mine, none))
+        mine = gl.where(inside, one, zero)[:, None]
+    own1.store(_times(a, mine))
+    flags.store(gl.where((kinds == 0)[None, :], mine, none))
 
 
 @gluon.jit
 def _hidden(
-    i: gl.constexpr, own1, own2, flags, w1, w1b, b1, E1: gl.constexpr, COLUMNS: gl.constexpr, F: gl.constexpr, MMA: gl.constexpr,
-    LH: gl.constexpr,
-):  # fmt: skip
+    own1, own2, flags, w1, w1b, b1, E1: gl.constexpr, COLUMNS: gl.constexpr, F: gl.constexpr, MMA: gl.constexpr, LH: gl.constexpr
+):
     """fc1 of one row: a tensor (8 lanes, F) for each of the COLUMNS."""
     LA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     LB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -144,10 +147,10 @@ def _hidden(
         second = w1b.permute((1, 0)).load(LB)
     h = ()
     for t in gl.static_range((COLUMNS + 1) // 2):
-        acc = mma_v2(flags.slice(64 * i + 16 * t, 16).load(LA), bias, gl.full([16, F], 0.0, gl.float32, MMA))
-        acc = mma_v2(own1.slice(64 * i + 16 * t, 16).load(LA), first, acc)
+        acc = mma_v2(flags.slice(16 * t, 16).load(LA), bias, gl.full([16, F], 0.0, gl.float32, MMA))
+        acc = mma_v2(own1.slice(16 * t, 16).load(LA), first, acc)
         if E1 == 2:
-            acc = mma_v2(own2.slice(64 * i + 16 * t, 16).load(LA), second, acc)
+            acc = mma_v2(own2.slice(16 * t, 16).load(LA), second, acc)
         low, high = gl.split(gl.permute(gl.reshape(acc.to(gl.float16), [2, 8, F]), [1, 2, 0]))
         h = h + (gl.convert_layout(low, LH, assert_trivial=True),)
         if 2 * t + 1 < COLUMNS:
