@@ -62,10 +62,18 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
                 attrs[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=TARGET, options=options)
+    compiled = triton.compile(source_of(kernel)(kernel, signature, constants, attrs), target=TARGET, options=options)
     return {"kernel": kernel.__name__, "warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared} | inspect_code(
         compiled.asm["cubin"]
     )
+
+
+def source_of(kernel: JITFunction) -> type[ASTSource]:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def inspect_code(cubin: bytes) -> dict:
@@ -144,6 +152,20 @@ def conv_gelu():
                 yield f"conv_gelu {dtype} {batch}x{side}x{hidden}", lambda b=batch, s=side, k=hidden, t=dtype: kernels.conv_gelu(
                     meta(b, s * s, k, dtype=t), s, s, meta(9, k, dtype=t), meta(k, dtype=torch.float32), None, True
                 )
+
+
+def conv_mlp():
+    from shiftaddvit.ops.conv_mlp import triton as kernels
+
+    single, half = torch.float32, torch.float16
+    linear = lambda e, n, k: (meta(e, n, k, dtype=half), meta(e, n, dtype=single), meta(16, k, dtype=half) if e == 2 else None)  # noqa: E731
+    # PVTv2-B0's first stage, at 224 and at other sizes.
+    for batch, height, width in ((1, 56, 56), (32, 56, 56), (256, 56, 56), (8, 64, 64), (8, 24, 40)):
+        for first, second in ((1, 1), (2, 2), (2, 1), (1, 2)):
+            yield f"conv_mlp x{first}{second} {batch}x{height}x{width}", lambda b=batch, h=height, w=width, e=first, f=second: kernels.conv_mlp(
+                meta(b, h * w, 32), h, w, 1e-6, meta(32, dtype=single), meta(32, dtype=single), *linear(e, 256, 32), meta(9, 256, dtype=half),
+                meta(256, dtype=single), *linear(f, 32, 256), True,
+            )  # fmt: skip
 
 
 def linear_attention():
@@ -333,6 +355,7 @@ OPS = {
     "matshift": matshift,
     "norm_linear": norm_linear,
     "conv_gelu": conv_gelu,
+    "conv_mlp": conv_mlp,
     "linear_attention": linear_attention,
     "moe_linear": moe_linear,
     "matadd": matadd,
@@ -346,7 +369,7 @@ OPS = {
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
-    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "encode x2 256x196x160", "mix x2 256x784x64",
+    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "conv_mlp x11 256x56x56", "conv_mlp x22 256x56x56", "encode x2 256x196x160", "mix x2 256x784x64",
     "mix x2 256x197x192", "norm_linear x2 802816x32x256", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",
     "patch_embed 1x160x14 k3", "softmax_attention 197x192",
@@ -359,9 +382,16 @@ REPRESENTATIVE = (
 
 def main(names: list[str]) -> None:
     from shiftaddvit.ops import tiling
+    from shiftaddvit.ops.conv_mlp.gluon import has_gluon
     from shiftaddvit.ops.patch_embed import triton as patch
 
     tiling.processors = patch.processors = lambda device: 132
+    if has_gluon():
+        from shiftaddvit.ops.conv_mlp import triton as mlp
+
+        mlp.processors = tiling.processors
+    else:
+        del OPS["conv_mlp"]
     representative = names == ["--representative"]
     for op in OPS if representative or not names else names:
         for label, launch in OPS[op]():

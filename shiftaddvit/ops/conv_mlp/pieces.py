@@ -11,7 +11,7 @@ A step takes two rows through LayerNorm, fc1 and the convolution, and the two ro
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from ..conv_gelu.triton import twice
 from ..tiles import GELU_A, GELU_B, GELU_C, GELU_LIMIT
@@ -216,7 +216,7 @@ def _lead(act, route, F: gl.constexpr, WARPS: gl.constexpr):
     lead = none
     # Four sums: one would be a chain of products that wait for each other.
     for k in gl.static_range(0, F, F // 4):
-        lead += mma_v2(act.slice(k, F // 4, 1).load(LA), route.slice(k, F // 4, 1).permute((1, 0)).load(LB), none)
+        lead = lead + mma_v2(act.slice(k, F // 4, 1).load(LA), route.slice(k, F // 4, 1).permute((1, 0)).load(LB), none)
     return gl.sum(lead, 1)
 
 
