@@ -4,7 +4,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
-from .pieces import _convolve, _finish, _hidden, _joined, _lead, _operands, _rows, _spots, _start_fc2, barrier, column_layout, out_layout, tap_layout
+from .pieces import (
+    _convolve, _finish, _from_lane, _hidden, _joined, _lead, _new_sums, _operands, _rows, _spots, _start_fc2, barrier, column_layout, out_layout,
+    tap_layout,
+)  # fmt: skip
 
 
 @gluon.jit
@@ -24,11 +27,11 @@ def _matrix(pointer, rows, R: gl.constexpr, K: gl.constexpr, shared: gl.constexp
 
 @gluon.jit
 def conv_mlp_kernel(
-    x, gamma, beta, w1, b1, route1, conv, conv_bias, w2, b2, route2, out, H, W, bands, strips, eps,
+    x, gamma, beta, w1, b1, route1, conv, conv_bias, w2, b2, route2, out, H, W, bands, pictures, eps,
     E1: gl.constexpr, E2: gl.constexpr, COLUMNS: gl.constexpr, LANES: gl.constexpr, ROWS: gl.constexpr, C: gl.constexpr, F: gl.constexpr,
     LATE: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """8 / LANES strips of ROWS rows. LATE: fc2 runs beside the convolution, and is waited for behind it."""
+    """ROWS rows of 8 / LANES pictures. LATE: fc2 runs beside the convolution, and is waited for behind it."""
     LX: gl.constexpr = gl.BlockedLayout([1, C // 4], [8, 4], [WARPS, 1], [1, 0])
     L64: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     L16: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
@@ -39,7 +42,7 @@ def conv_mlp_kernel(
     NARROWER: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     TAPS: gl.constexpr = tap_layout(F, WARPS)
-    first = gl.program_id(0) * (8 // LANES)
+    picture, top = gl.program_id(0) // bands * (8 // LANES), gl.program_id(0) % bands * ROWS
 
     # Weights do not come from the kernel before this one.
     act = gl.allocate_shared_memory(gl.float16, [128, F], WIDE)
@@ -67,59 +70,64 @@ def conv_mlp_kernel(
         taps = taps + (gl.allocate_shared_memory(gl.float16, [F], TAPS, (gl.load(conv + k * F + channels).to(gl.float32) * 0.5).to(gl.float16)),)
     shift = gl.allocate_shared_memory(gl.float16, [F], TAPS, (gl.load(conv_bias + channels) * 0.5).to(gl.float16))
     ks = gl.arange(0, C, gl.SliceLayout(0, LX))
-    route = shift
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    gammas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(gamma + ks))
+    betas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(beta + ks))
+    route = betas
     if E1 == 2:
         parts = gl.load(route1 + ks).to(gl.float32) + gl.load(route1 + C + ks).to(gl.float32) + gl.load(route1 + 2 * C + ks).to(gl.float32)
-        route = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]), parts)
+        route = gl.allocate_shared_memory(gl.float32, [C], VECTOR, parts)
     fence_async_shared()
 
-    base = (first // bands).to(gl.int64) * H * W * C
+    base = picture.to(gl.int64) * H * W * C
     x += base
     out += base
-    m = gl.arange(0, 64, gl.SliceLayout(1, LX))
-    picture, top, column, seen = _spots(m, first, bands, strips, W, COLUMNS, LANES, ROWS)
-    y = gl.where(seen, top - 1, -(1 << 20))
-    offset = ((picture * H + top - 1) * W + column) * C
+    spots = _spots(gl.arange(0, 64, gl.SliceLayout(1, LX)), pictures - picture, H, W, COLUMNS, LANES)
     n = gl.arange(0, 128, gl.SliceLayout(1, LO))
-    picture, top, column, seen = _spots(n % 64, first, bands, strips, W, COLUMNS, LANES, ROWS)
-    # The rows that a step's fc2 finishes lie four above those that it loads.
-    y_out = gl.where(seen, top - 4 + n // 64, 1 << 20)
-    place = ((picture * H + top - 4 + n // 64) * W + column) * C
+    spots_out = _spots(n % 64, pictures - picture, H, W, COLUMNS, LANES)
+    seen, seen_out = spots >= 0, spots_out >= 0
+    # The first of the rows that a step loads lies one above the strip; fc2 finishes two that lie three above those.
+    y = top - 1
+    spots_out += (n // 64 - 3) * W
     above, here = (), ()
     for _ in gl.static_range(COLUMNS):
         above = above + (gl.full([8, F], 0.0, gl.float16, LH),)
         here = here + (gl.full([8, F], 0.0, gl.float16, LH),)
     _wait_for_inputs(PDL)
-    tile0, tile1 = _rows(x, offset, y, ks, H), _rows(x, offset + W * C, y + 1, ks, H)
+    tile0, tile1 = _rows(x, spots + y * W, ks, seen & (y >= 0), C), _rows(x, spots + (y + 1) * W, ks, seen & (y + 1 < H), C)
 
     for step in range(ROWS // 2 + 1):
-        _operands(tile0, (y >= 0) & (y < H), own1[0], own2[0], flags[0], gamma, beta, ks, route, eps, E1, C, LX)
-        _operands(tile1, (y + 1 >= 0) & (y + 1 < H), own1[1], own2[1], flags[1], gamma, beta, ks, route, eps, E1, C, LX)
+        _operands(tile0, seen & (y >= 0) & (y < H), own1[0], own2[0], flags[0], gammas, betas, route, eps, E1, C, LX)
+        _operands(tile1, seen & (y + 1 < H), own1[1], own2[1], flags[1], gammas, betas, route, eps, E1, C, LX)
         acc = _start_fc2(act, w2s, C * E2, WARPS)
         h = _hidden(own1[0], own2[0], flags[0], w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
         lead = _lead(act, route2s, F, WARPS) if E2 == 2 else 0
         # The first step of a strip has no finished rows, and the one behind it only those above the strip.
-        ready = (y_out < H) & (step >= 2)
+        ready = seen_out & (y - 3 + n // 64 < H) & (step >= 2)
         if not LATE:
             acc = warpgroup_mma_wait(0, (acc,))
-            _finish(acc, lead, b2, x, out, place, ready, C, E2, LO)
-        done, above, here = _convolve(h, above, here, taps, shift, COLUMNS, LANES, LH)
+            _finish(acc, lead, b2, x, out, spots_out + y * W, ready, C, E2, LO)
+        # A hidden row adds to three rows of outputs: the one above it, which it finishes, its own, and a new one.
+        before, behind = _from_lane(h[COLUMNS - 1], "up", LANES), _from_lane(h[0], "down", LANES)
+        done = _convolve(above, h, before, behind, taps, 2, True, COLUMNS, LH)
         if LATE:
             acc = warpgroup_mma_wait(0, (acc,))
-            _finish(acc, lead, b2, x, out, place, ready, C, E2, LO)
+            _finish(acc, lead, b2, x, out, spots_out + y * W, ready, C, E2, LO)
         # Every warp's products have read the rows that are now written over.
         barrier()
         act.slice(0, 64).store(_joined(done, COLUMNS, F, MMA, LH))
+        above = _convolve(here, h, before, behind, taps, 1, False, COLUMNS, LH)
+        here = _convolve(_new_sums(shift, COLUMNS, LH), h, before, behind, taps, 0, False, COLUMNS, LH)
         y += 2
-        offset += 2 * W * C
-        y_out += 2
-        place += 2 * W * C
         # Under way while the second row is computed.
-        tile0, tile1 = _rows(x, offset, y, ks, H), _rows(x, offset + W * C, y + 1, ks, H)
+        tile0, tile1 = _rows(x, spots + y * W, ks, seen & (y < H), C), _rows(x, spots + (y + 1) * W, ks, seen & (y + 1 < H), C)
         h = _hidden(own1[1], own2[1], flags[1], w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
-        done, above, here = _convolve(h, above, here, taps, shift, COLUMNS, LANES, LH)
+        before, behind = _from_lane(h[COLUMNS - 1], "up", LANES), _from_lane(h[0], "down", LANES)
+        done = _convolve(above, h, before, behind, taps, 2, True, COLUMNS, LH)
         act.slice(64, 64).store(_joined(done, COLUMNS, F, MMA, LH))
+        above = _convolve(here, h, before, behind, taps, 1, False, COLUMNS, LH)
+        here = _convolve(_new_sums(shift, COLUMNS, LH), h, before, behind, taps, 0, False, COLUMNS, LH)
         fence_async_shared()
     acc = warpgroup_mma_wait(0, (_start_fc2(act, w2s, C * E2, WARPS),))
     lead = _lead(act, route2s, F, WARPS) if E2 == 2 else 0
-    _finish(acc, lead, b2, x, out, place, y_out < H, C, E2, LO)
+    _finish(acc, lead, b2, x, out, spots_out + y * W, seen_out & (y - 3 + n // 64 < H), C, E2, LO)

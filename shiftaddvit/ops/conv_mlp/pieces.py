@@ -97,28 +97,26 @@ def out_layout(C, WARPS):
 
 
 @gluon.jit
-def _spots(m, first, bands, strips, W, COLUMNS: gl.constexpr, LANES: gl.constexpr, ROWS: gl.constexpr):
-    """Of rows m of a tile: the picture behind the program's first, the row of that picture where its strip starts, the column, and whether there is one."""
-    strip = first % bands + m % 8 // LANES
-    column = m % LANES * COLUMNS + m // 8 % 8
-    seen = (m // 8 % 8 < COLUMNS) & (column < W) & (first - first % bands + strip < strips)
-    return strip // bands, strip % bands * ROWS, column, seen
+def _spots(m, pictures, H, W, COLUMNS: gl.constexpr, LANES: gl.constexpr):
+    """Where row m of a tile finds its token in the first row of the first of so many pictures; -1 for none."""
+    picture, column = m % 8 // LANES, m % LANES * COLUMNS + m // 8
+    return gl.where((m // 8 < COLUMNS) & (column < W) & (picture < pictures), picture * H * W + column, -1)
 
 
 @gluon.jit
-def _rows(x, offset, y, ks, H):
-    """One row of the picture, zero outside."""
-    return gl.load(x + offset[:, None] + ks[None, :], mask=((y >= 0) & (y < H))[:, None] & (ks[None, :] >= 0), other=0.0)
+def _rows(x, spots, ks, inside, C: gl.constexpr):
+    """The tokens at those spots, zero where there are none, or they are not `inside`."""
+    return gl.load(x + (spots[:, None] * C + ks[None, :]), mask=inside[:, None] & (ks[None, :] >= 0), other=0.0)
 
 
 @gluon.jit
-def _operands(tile, inside, own1, own2, flags, gamma, beta, ks, route, eps, E1: gl.constexpr, C: gl.constexpr, LX: gl.constexpr):
+def _operands(tile, inside, own1, own2, flags, gamma, beta, route, eps, E1: gl.constexpr, C: gl.constexpr, LX: gl.constexpr):
     """LayerNorm and router of one row: to shared memory as fc1's left operands, each expert's rows with zeros for the other's, and which
     bias each row gets."""
     a = tile.to(gl.float32)
     a = a - (gl.sum(a, 1) / C)[:, None]
     a = a * gl.rsqrt(gl.sum(a * a, 1) / C + eps)[:, None]
-    a = (a * gl.load(gamma + ks)[None, :] + gl.load(beta + ks)[None, :]).to(gl.float16)
+    a = (a * gamma.load(gl.SliceLayout(0, LX))[None, :] + beta.load(gl.SliceLayout(0, LX))[None, :]).to(gl.float16)
     kinds = gl.arange(0, 16, gl.SliceLayout(0, LX)) % 8
     one = gl.full([64], 1.0, gl.float16, gl.SliceLayout(1, LX))
     zero = gl.full([64], 0.0, gl.float16, gl.SliceLayout(1, LX))
@@ -159,34 +157,28 @@ def _hidden(
 
 
 @gluon.jit
-def _taps(taps, k: gl.constexpr, L: gl.constexpr):
-    """Row k of the filters: left, middle, right."""
-    return taps[3 * k].load(L)[None, :], taps[3 * k + 1].load(L)[None, :], taps[3 * k + 2].load(L)[None, :]
+def _convolve(
+    totals, h, before, behind, taps, K: gl.constexpr, GELU: gl.constexpr, COLUMNS: gl.constexpr, LH: gl.constexpr,
+):  # fmt: skip
+    """Sums of a row of outputs plus row K of the filters on a hidden row; with GELU they are finished, and go through it."""
+    L: gl.constexpr = gl.SliceLayout(0, LH)
+    f0, f1, f2 = taps[3 * K].load(L)[None, :], taps[3 * K + 1].load(L)[None, :], taps[3 * K + 2].load(L)[None, :]
+    sums = ()
+    for c in gl.static_range(COLUMNS):
+        left = before if c == 0 else h[c - 1]
+        right = behind if c == COLUMNS - 1 else h[c + 1]
+        total = _add(totals[c], left, h[c], right, f0, f1, f2)
+        sums = sums + (_gelu(total) if GELU else total,)
+    return sums
 
 
 @gluon.jit
-def _convolve(h, above, here, taps, shift, COLUMNS: gl.constexpr, LANES: gl.constexpr, LH: gl.constexpr):
-    """Adds a hidden row to three rows of outputs: the one above it, which is now finished and goes through GELU, its own, and a new one."""
-    L: gl.constexpr = gl.SliceLayout(0, LH)
-    before, behind = _from_lane(h[COLUMNS - 1], "up", LANES), _from_lane(h[0], "down", LANES)
-    done, above2, here2 = (), (), ()
-    f0, f1, f2 = _taps(taps, 2, L)
-    for c in gl.static_range(COLUMNS):
-        left = before if c == 0 else h[c - 1]
-        right = behind if c == COLUMNS - 1 else h[c + 1]
-        done = done + (_gelu(_add(above[c], left, h[c], right, f0, f1, f2)),)
-    f0, f1, f2 = _taps(taps, 1, L)
-    for c in gl.static_range(COLUMNS):
-        left = before if c == 0 else h[c - 1]
-        right = behind if c == COLUMNS - 1 else h[c + 1]
-        above2 = above2 + (_add(here[c], left, h[c], right, f0, f1, f2),)
-    f0, f1, f2 = _taps(taps, 0, L)
-    start = shift.load(L)[None, :]
-    for c in gl.static_range(COLUMNS):
-        left = before if c == 0 else h[c - 1]
-        right = behind if c == COLUMNS - 1 else h[c + 1]
-        here2 = here2 + (_add(start, left, h[c], right, f0, f1, f2),)
-    return done, above2, here2
+def _new_sums(shift, COLUMNS: gl.constexpr, LH: gl.constexpr):
+    start = shift.load(gl.SliceLayout(0, LH))[None, :]
+    sums = ()
+    for _ in gl.static_range(COLUMNS):
+        sums = sums + (start,)
+    return sums
 
 
 @gluon.jit
@@ -221,7 +213,7 @@ def _lead(act, route, F: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _finish(acc, lead, b2, x, out, place, seen, C: gl.constexpr, E2: gl.constexpr, LO: gl.constexpr):
+def _finish(acc, lead, b2, x, out, spots, seen, C: gl.constexpr, E2: gl.constexpr, LO: gl.constexpr):
     """fc2's sums, each row's expert of them, plus bias and residual, stored."""
     cs = gl.arange(0, C, gl.SliceLayout(0, LO))
     y = gl.permute(gl.reshape(acc, [128, E2, C // 8, 4, 2]), [0, 3, 2, 4, 1])
@@ -232,7 +224,7 @@ def _finish(acc, lead, b2, x, out, place, seen, C: gl.constexpr, E2: gl.constexp
     if E2 == 2:
         second = gl.convert_layout(lead, gl.SliceLayout(1, LO), assert_trivial=True) > 0
         y = gl.where(second[:, None], y2, y)
-    where = place[:, None] + cs[None, :]
+    where = spots[:, None] * C + cs[None, :]
     mask = seen[:, None] & (cs[None, :] >= 0)
     y += gl.load(x + where, mask=mask, other=0.0).to(gl.float32)
     gl.store(out + where, y.to(out.dtype.element_ty), mask=mask)

@@ -32,7 +32,7 @@ def mlp_tile(pictures: int, height: int, width: int, hidden: int, experts: tuple
     def steps(tallest: int) -> float:
         """Of the busiest multiprocessor; starting a strip costs about two."""
         bands, rows = strips_of(height, tallest)
-        return -(-(-(-pictures * bands // together)) // count) * (rows // 2 + 3)
+        return -(--(-pictures // together) * bands // count) * (rows // 2 + 3)
 
     usual = Tile(64, hidden, min((64, 32, 16, 8, 4, 2), key=steps), WARPS, 2)
     return pick(device, problem, usual, k=(2, 64), stages=(1, 2))
@@ -52,8 +52,8 @@ def conv_mlp(
     lanes, columns = lanes_for(width)
     bands, rows = strips_of(height, tile.k)
     flags = {"launch_pdl": True} if pdl else {}
-    conv_mlp_kernel[(-(-pictures * bands // (8 // lanes)),)](
-        x, gamma, beta, weight1, bias1, router1, conv, conv_bias, weight2, bias2, router2, out, height, width, bands, pictures * bands, eps,
+    conv_mlp_kernel[(-(-pictures // (8 // lanes)) * bands,)](
+        x, gamma, beta, weight1, bias1, router1, conv, conv_bias, weight2, bias2, router2, out, height, width, bands, pictures, eps,
         E1=experts[0], E2=experts[1], COLUMNS=columns, LANES=lanes, ROWS=rows, C=channels, F=conv.shape[1], LATE=tile.stages > 1, PDL=pdl,
         WARPS=WARPS, num_warps=WARPS, **flags,
     )  # fmt: skip
