@@ -99,8 +99,8 @@ def conv_mlp_kernel(
     for step in range(ROWS // 2 + 1):
         _operands(tile0, seen & (y >= 0) & (y < H), own1[0], own2[0], flags[0], gammas, betas, route, eps, E1, C, LX)
         _operands(tile1, seen & (y + 1 < H), own1[1], own2[1], flags[1], gammas, betas, route, eps, E1, C, LX)
-        acc = _start_fc2(act, w2s, C * E2, WARPS)
         h = _hidden(own1[0], own2[0], flags[0], w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
+        acc = _start_fc2(act, w2s, C * E2, WARPS)
         # The first step of a strip has no finished rows, and the one behind it only those above the strip.
         ready = seen_out & (y - 3 + n // 64 < H) & (step >= 2)
         if not LATE:
