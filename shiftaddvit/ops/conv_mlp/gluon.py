@@ -1,7 +1,6 @@
 """Whether Triton has Gluon, without importing either where it has not."""
 
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 _OLDEST = (3, 6)
 """The first Triton with which the kernel has been compiled."""
@@ -11,9 +10,11 @@ _OLDEST = (3, 6)
 def has_gluon() -> bool:
     """Whether this Triton can compile the kernel, as far as its version and names say."""
     try:
-        if tuple(int(part) for part in version("triton").split(".")[:2]) < _OLDEST:
+        import triton
+
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
             return False
         from . import kernels  # noqa: F401
-    except (PackageNotFoundError, ValueError, ImportError, AttributeError):
+    except (ValueError, ImportError, AttributeError):
         return False
     return True

@@ -101,17 +101,16 @@ def conv_mlp_kernel(
         _operands(tile1, seen & (y + 1 < H), own1[1], own2[1], flags[1], gammas, betas, route, eps, E1, C, LX)
         h = _hidden(own1[0], own2[0], flags[0], w1s, w1bs, b1s, E1, COLUMNS, F, MMA, LH)
         acc = _start_fc2(act, w2s, C * E2, WARPS)
+        lead = _lead(act, route2s, F, WARPS) if E2 == 2 else 0
         # The first step of a strip has no finished rows, and the one behind it only those above the strip.
         ready = seen_out & (y - 3 + n // 64 < H) & (step >= 2)
         if not LATE:
-            lead = _lead(act, route2s, F, WARPS) if E2 == 2 else 0
             acc = warpgroup_mma_wait(0, (acc,))
             _finish(acc, lead, b2, x, out, spots_out + y * W, ready, C, E2, LO)
         # A hidden row adds to three rows of outputs: the one above it, which it finishes, its own, and a new one.
         before, behind = _from_lane(h[COLUMNS - 1], "up", LANES), _from_lane(h[0], "down", LANES)
         done = _convolve(above, h, before, behind, taps, 2, True, COLUMNS, LH)
         if LATE:
-            lead = _lead(act, route2s, F, WARPS) if E2 == 2 else 0
             acc = warpgroup_mma_wait(0, (acc,))
             _finish(acc, lead, b2, x, out, spots_out + y * W, ready, C, E2, LO)
         # Every warp's products have read the rows that are now written over.
