@@ -114,7 +114,7 @@ WITHOUT_GLUON = {
     "gl": GL, "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(), "warpgroup_mma": Flight.start, "fence_async_shared": lambda: None,
     "warpgroup_mma_wait": lambda count, flights: flights[0].land(), "barrier": lambda: None, "_add": rounded_sum, "_from_lane": from_lane,
     "_times": lambda a, b: a * b, "_gelu": lambda half: F.gelu(2 * half.float()).half(), "_wait_for_inputs": lambda pdl: None,
-    **dict.fromkeys(("column_layout", "out_layout", "tap_layout"), lambda *a: None),
+    **dict.fromkeys(("adjacent_layout", "column_layout", "out_layout", "tap_layout"), lambda *a: None),
 }  # fmt: skip
 
 

@@ -78,9 +78,10 @@ def emulated(monkeypatch):
     """Makes the op's launch run the kernel's Python on the CPU, with strips of at most so many rows."""
     from gluon_emulation import Emulated
 
-    from shiftaddvit.ops.conv_mlp import kernels, pieces, triton
+    from shiftaddvit.ops.conv_mlp import hidden, kernels, pieces, triton
 
     monkeypatch.setattr(triton, "conv_mlp_kernel", Emulated(kernels.conv_mlp_kernel, pieces, kernels))
+    monkeypatch.setattr(triton, "conv_hidden_kernel", Emulated(hidden.conv_hidden_kernel, pieces, kernels, hidden))
 
     def run(arguments, tallest=64, late=2):
         x, height, width, norm, eps, fc1, conv, fc2 = arguments
@@ -109,6 +110,20 @@ def test_the_kernel_without_gluon_is_the_reference(emulated, batch, height, widt
     # A row whose experts are as good as equal may go to the other one behind rounding.
     rows = (y.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert y.isfinite().all() and (rows > 0.02).float().mean() <= (0.02 if 2 in (first, second) else 0)
+    assert error(y[rows <= 0.02], expected[rows <= 0.02]) < 3e-3
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "first", "tallest"),
+    [(3, 7, 7, 1, 64), (2, 14, 14, 2, 4), (2, 5, 28, 2, 2), (1, 4, 56, 1, 64), (1, 13, 9, 2, 8), (1, 2, 64, 1, 2), (5, 3, 8, 2, 64)],
+)  # fmt: skip
+def test_the_kernel_of_64_channels_without_gluon_is_the_reference(emulated, batch, height, width, first, tallest):
+    arguments = problem(batch, height, width, first, 1, channels=64, hidden=512, dtype=torch.float16)
+    x, *rest = arguments
+    y, expected = emulated(arguments, tallest), exact(x.double(), *rest)
+    rows = (y.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert y.isfinite().all() and (rows > 0.02).float().mean() <= (0.02 if first == 2 else 0)
     assert error(y[rows <= 0.02], expected[rows <= 0.02]) < 3e-3
 
 

@@ -1,7 +1,8 @@
-"""PVTv2's whole MLP in one kernel: LayerNorm, fc1, depthwise 3×3 convolution, GELU, fc2, residual. For inference: no gradient.
+"""PVTv2's whole MLP: LayerNorm, fc1, depthwise 3×3 convolution, GELU, fc2, residual. For inference: no gradient.
 
-Each linear is one matrix, or two of which every row takes one. The kernel is for few channels, whose hidden tensor costs far more to write
-and read twice than everything else does; others are better served by `norm_linear`, `conv_gelu` and `norm_linear`. `fits` says which.
+Each linear is one matrix, or two of which every row takes one. The kernels are for few channels, whose hidden tensor costs far more to write
+and read twice than everything else does: with 32 it is never written, with 64 once, in front of fc2. Others are better served by `norm_linear`,
+`conv_gelu` and `norm_linear`. `fits` says which.
 """
 
 import torch
@@ -17,8 +18,8 @@ from .gluon import has_gluon
 
 __all__ = ["conv_mlp", "fits"]
 
-CHANNELS, HIDDEN, WIDEST = 32, 256, 64
-"""What the kernel is written for: channels, hidden channels, and the most columns of a picture."""
+SIZES, WIDEST = {32: 256, 64: 512}, 64
+"""What the kernels are written for: hidden channels by channels, and the most columns of a picture."""
 
 Linear = tuple[Float[Tensor, "experts out in"], Float[Tensor, "experts out"], Tensor | None]
 """Weight, bias, and for two experts the router: (2, in), or its `route_rows` (16, in)."""
@@ -26,9 +27,9 @@ Linear = tuple[Float[Tensor, "experts out in"], Float[Tensor, "experts out"], Te
 
 def fits(x: Tensor, width: int, weight1: Tensor, conv: Tensor, weight2: Tensor) -> bool:
     """Whether the kernel takes tokens like x, of pictures `width` wide, with these weights: on a GPU of compute capability 9.0, in float16
-    between the residuals (float16 or bfloat16), with 32 channels and 256 hidden ones, and with a Triton that has Gluon."""
+    between the residuals (float16 or bfloat16), with 32 channels and 256 hidden ones or 64 and 512, and with a Triton that has Gluon."""
     halves = x.dtype in (torch.float16, torch.bfloat16) and {weight1.dtype, conv.dtype, weight2.dtype} == {torch.float16}
-    sizes = x.shape[-1] == CHANNELS and conv.shape[-1] == HIDDEN and 1 <= width <= WIDEST
+    sizes = SIZES.get(x.shape[-1]) == conv.shape[-1] and 1 <= width <= WIDEST
     return halves and sizes and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0) and not interpreting() and has_gluon()
 
 
@@ -90,7 +91,7 @@ def _conv_mlp(x, height, width, eps, gamma, beta, weight1, bias1, router1, conv,
     if kernel and not fits(x, width, weight1, conv, weight2):
         if backend == "triton":
             raise UserError(
-                f"backend 'triton' cannot run: the kernel takes float16 weights, {CHANNELS} channels, {HIDDEN} hidden ones, up to {WIDEST} columns, "
+                f"backend 'triton' cannot run: the kernels take float16 weights, 8 times as many hidden channels as channels, of which 32 or 64, up to {WIDEST} columns, "
                 "a GPU of compute capability 9.0 and a Triton that has Gluon; use 'auto' or the ops that it is made of"
             )
         kernel = False

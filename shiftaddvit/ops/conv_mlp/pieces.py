@@ -82,6 +82,13 @@ def column_layout(F, WARPS):
 
 
 @gluon.constexpr_function
+def adjacent_layout(WARPS):
+    """(8 lanes, 32 channels a warp), eight adjacent ones a thread."""
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4]], lanes, _doubling(32, 32 * WARPS, 1, 2), [], [8, 32 * WARPS])
+
+
+@gluon.constexpr_function
 def tap_layout(F, WARPS):
     """F channels in shared memory, those of one thread adjacent."""
     return gl.SharedLinearLayout([[1], *_doubling(8 * WARPS, F, 0, 1), [2], [4], *_doubling(8, 8 * WARPS, 0, 1)])
