@@ -159,12 +159,14 @@ def conv_mlp():
 
     single, half = torch.float32, torch.float16
     linear = lambda e, n, k: (meta(e, n, k, dtype=half), meta(e, n, dtype=single), meta(16, k, dtype=half) if e == 2 else None)  # noqa: E731
-    # PVTv2-B0's first stage, at 224 and at other sizes.
-    for batch, height, width in ((1, 56, 56), (32, 56, 56), (256, 56, 56), (8, 64, 64), (8, 24, 40)):
-        for first, second in ((1, 1), (2, 2), (2, 1), (1, 2)):
-            yield f"conv_mlp x{first}{second} {batch}x{height}x{width}", lambda b=batch, h=height, w=width, e=first, f=second: kernels.conv_mlp(
-                meta(b, h * w, 32), h, w, 1e-6, meta(32, dtype=single), meta(32, dtype=single), *linear(e, 256, 32), meta(9, 256, dtype=half),
-                meta(256, dtype=single), *linear(f, 32, 256), True,
+    # PVTv2-B0's first two stages, at 224 and at other sizes, and B1's first.
+    pictures = [(b, 56, 56, 32) for b in (1, 32, 256)] + [(8, 64, 64, 32), (8, 24, 40, 32)] + [(b, 28, 28, 64) for b in (1, 32, 256)] + [(32, 56, 56, 64)]
+    for batch, height, width, c in pictures:
+        for first, second in ((1, 1), (2, 2), (2, 1), (1, 2)) if c == 32 else ((1, 1), (2, 2)):
+            name = f"conv_mlp x{first}{second} {batch}x{height}x{width}x{c}"
+            yield name, lambda b=batch, h=height, w=width, c=c, e=first, f=second: kernels.conv_mlp(
+                meta(b, h * w, c), h, w, 1e-6, meta(c, dtype=single), meta(c, dtype=single), *linear(e, 8 * c, c), meta(9, 8 * c, dtype=half),
+                meta(8 * c, dtype=single), *linear(f, c, 8 * c), True,
             )  # fmt: skip
 
 
@@ -369,7 +371,7 @@ OPS = {
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
-    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "conv_mlp x11 256x56x56", "conv_mlp x21 256x56x56",
+    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "conv_mlp x11 256x56x56x32", "conv_mlp x21 256x56x56x32",
     "encode x2 256x196x160", "mix x2 256x784x64",
     "mix x2 256x197x192", "norm_linear x2 802816x32x256", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",

@@ -21,15 +21,17 @@ pytestmark = [
 SIZES = ((1, 7, 7), (3, 7, 7), (3, 14, 14), (32, 14, 14), (3, 28, 28), (1, 56, 56), (3, 56, 56), (32, 56, 56), (3, 13, 9), (2, 5, 64), (9, 1, 1))
 
 
-def problem(batch, height, width, first, second, dtype):
+def problem(batch, height, width, first, second, dtype, channels=32):
     """Arguments of `conv_mlp`."""
     torch.manual_seed(batch + height + width)
     normal = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
     linear = lambda experts, n, k: (  # noqa: E731
         (normal(experts, n, k) * k**-0.5).half(), normal(experts, n), route_rows(normal(2, k), torch.float16) if experts == 2 else None,
     )  # fmt: skip
-    x, norm, conv = normal(batch, height * width, 32).to(dtype), (normal(32) + 1, normal(32)), ((normal(9, 256) * 0.3).half(), normal(256))
-    return x, height, width, norm, 1e-6, linear(first, 256, 32), conv, linear(second, 32, 256)
+    hidden = 8 * channels
+    x, norm = normal(batch, height * width, channels).to(dtype), (normal(channels) + 1, normal(channels))
+    conv = (normal(9, hidden) * 0.3).half(), normal(hidden)
+    return x, height, width, norm, 1e-6, linear(first, hidden, channels), conv, linear(second, channels, hidden)
 
 
 def exact(x, height, width, norm, eps, fc1, conv, fc2):
@@ -63,10 +65,10 @@ def strips(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "second", "channels"), [(1, 1, 32), (2, 2, 32), (2, 1, 32), (1, 2, 32), (1, 1, 64), (2, 2, 64)])
 @pytest.mark.parametrize(("batch", "height", "width"), SIZES)
-def test_conv_mlp(batch, height, width, first, second, dtype):
-    arguments = problem(batch, height, width, first, second, dtype)
+def test_conv_mlp(batch, height, width, first, second, channels, dtype):
+    arguments = problem(batch, height, width, first, second, dtype, channels)
     assert fits(arguments[0], width, arguments[5][0], arguments[6][0], arguments[7][0])
     with poisoned_outputs():
         y = conv_mlp(*arguments)
@@ -74,9 +76,10 @@ def test_conv_mlp(batch, height, width, first, second, dtype):
 
 
 @pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("channels", [32, 64])
 @pytest.mark.parametrize(("batch", "height", "width"), [(3, 56, 56), (5, 13, 9), (3, 28, 28)])
-def test_strips_of_every_height_give_the_same_bits(batch, height, width, experts, strips):
-    arguments = problem(batch, height, width, experts, experts, torch.bfloat16)
+def test_strips_of_every_height_give_the_same_bits(batch, height, width, channels, experts, strips):
+    arguments = problem(batch, height, width, experts, experts, torch.bfloat16, channels)
     expected = None
     for tallest in (64, 32, 16, 8, 4, 2):
         for stages in (1, 2):
@@ -87,16 +90,18 @@ def test_strips_of_every_height_give_the_same_bits(batch, height, width, experts
             assert torch.equal(y, expected), (tallest, stages)
 
 
-def test_many_runs_are_the_same_run():
-    arguments = problem(256, 56, 56, 2, 2, torch.bfloat16)
+@pytest.mark.parametrize(("side", "channels"), [(56, 32), (28, 64)])
+def test_many_runs_are_the_same_run(side, channels):
+    arguments = problem(256, side, side, 2, 2, torch.bfloat16, channels)
     expected = conv_mlp(*arguments)
     close(expected[:8], exact(arguments[0][:8], *arguments[1:]), True, 4e-3)
     for _ in range(20):
         assert torch.equal(conv_mlp(*arguments), expected)
 
 
-def test_programmatic_launches_change_nothing():
-    x, *rest = problem(4, 56, 56, 2, 2, torch.bfloat16)
+@pytest.mark.parametrize("channels", [32, 64])
+def test_programmatic_launches_change_nothing(channels):
+    x, *rest = problem(4, 56, 56, 2, 2, torch.bfloat16, channels)
 
     def chain(pdl):
         y = x
