@@ -50,15 +50,15 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
         raise TypeError(f"{kernel.__name__} has no {', '.join(sorted(unknown))}")
     signature, constants, attrs = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
-        value = named[name]
+        value, general = named[name], kernel.params[position].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attrs[(position,)] = [["tt.divisibility", 16]]
-        elif kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        elif kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not general:
                 attrs[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

@@ -25,7 +25,7 @@ def _write(out, columns, spots, spot, row, W, seen, COLUMNS: gl.constexpr, F: gl
         gl.store(out + ((spots + (row * W + c))[:, None] * F + ns[None, :]), values, mask=mask)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["bands", "pictures"])
 def conv_hidden_kernel(
     x, gamma, beta, w1, b1, route1, conv, conv_bias, out, H, W, bands, pictures, eps, E1: gl.constexpr, COLUMNS: gl.constexpr,
     LANES: gl.constexpr, ROWS: gl.constexpr, C: gl.constexpr, F: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,

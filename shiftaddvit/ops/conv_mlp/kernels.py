@@ -25,7 +25,7 @@ def _matrix(pointer, rows, R: gl.constexpr, K: gl.constexpr, shared: gl.constexp
     return gl.allocate_shared_memory(gl.float16, [R, K], shared, gl.load(pointer + rows[:, None] * K + ks[None, :]))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["bands", "pictures"])
 def conv_mlp_kernel(
     x, gamma, beta, w1, b1, route1, conv, conv_bias, w2, b2, route2, out, H, W, bands, pictures, eps,
     E1: gl.constexpr, E2: gl.constexpr, COLUMNS: gl.constexpr, LANES: gl.constexpr, ROWS: gl.constexpr, C: gl.constexpr, F: gl.constexpr,
