@@ -160,7 +160,8 @@ def conv_mlp():
     single, half = torch.float32, torch.float16
     linear = lambda e, n, k: (meta(e, n, k, dtype=half), meta(e, n, dtype=single), meta(16, k, dtype=half) if e == 2 else None)  # noqa: E731
     # PVTv2-B0's first two stages, at 224 and at other sizes, and B1's first.
-    pictures = [(b, 56, 56, 32) for b in (1, 32, 256)] + [(8, 64, 64, 32), (8, 24, 40, 32)] + [(b, 28, 28, 64) for b in (1, 32, 256)] + [(32, 56, 56, 64)]
+    pictures = [(b, 56, 56, 32) for b in (1, 32, 256)] + [(8, 64, 64, 32), (8, 24, 40, 32)]
+    pictures += [(b, 28, 28, 64) for b in (1, 32, 256)] + [(32, 56, 56, 64)]
     for batch, height, width, c in pictures:
         for first, second in ((1, 1), (2, 2), (2, 1), (1, 2)) if c == 32 else ((1, 1), (2, 2)):
             name = f"conv_mlp x{first}{second} {batch}x{height}x{width}x{c}"

@@ -24,7 +24,7 @@ PIECE_BYTES = 224 << 20
 """The hidden tensors before and after a convolution may take about so much memory; larger batches go through in pieces."""
 
 FEWEST_TOKENS = 8192
-"""Of fewer, three kernels have the shorter chains: one would have two multiprocessors in three without work, and each of the others a strip's start."""
+"""Of fewer, three kernels have the shorter chains: in one, most multiprocessors would be without work, and the others busy starting a strip."""
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def _conv_mlp(x, height, width, eps, gamma, beta, weight1, bias1, router1, conv,
     if kernel and not fits(x, width, weight1, conv, weight2):
         if backend == "triton":
             raise UserError(
-                f"backend 'triton' cannot run: the kernels take float16 weights, 8 times as many hidden channels as channels, of which 32 or 64, up to {WIDEST} columns, "
-                "a GPU of compute capability 9.0 and a Triton that has Gluon; use 'auto' or the ops that it is made of"
+                "backend 'triton' cannot run: the kernels take float16 weights, 32 or 64 channels, eight times as many hidden ones, up to "
+                f"{WIDEST} columns, a GPU of compute capability 9.0 and a Triton that has Gluon; use 'auto' or the ops that it is made of"
             )
         kernel = False
     if not kernel:
