@@ -35,7 +35,8 @@ def mlp_tile(pictures: int, height: int, width: int, hidden: int, experts: tuple
     def steps(tallest: int) -> float:
         """Of the busiest multiprocessor; starting a strip costs about two."""
         bands, rows = strips_of(height, tallest)
-        return -(--(-pictures // together) * bands * (hidden // (32 * WARPS)) // count) * (rows // 2 + 3)
+        programs = -(-pictures // together) * bands * (hidden // (32 * WARPS))
+        return -(-programs // count) * (rows // 2 + 3)
 
     usual = Tile(64, hidden, min((64, 32, 16, 8, 4, 2), key=steps), WARPS, 2)
     bounds = {"k": (2, 64)} | ({"stages": (1, 2)} if hidden == 32 * WARPS else {})
