@@ -50,22 +50,30 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
         raise TypeError(f"{kernel.__name__} has no {', '.join(sorted(unknown))}")
     signature, constants, attrs = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
-        value = named[name]
+        value, general = named[name], kernel.params[position].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attrs[(position,)] = [["tt.divisibility", 16]]
-        elif kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        elif kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not general:
                 attrs[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=TARGET, options=options)
+    compiled = triton.compile(source_of(kernel)(kernel, signature, constants, attrs), target=TARGET, options=options)
     return {"kernel": kernel.__name__, "warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared} | inspect_code(
         compiled.asm["cubin"]
     )
+
+
+def source_of(kernel: JITFunction) -> type[ASTSource]:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def inspect_code(cubin: bytes) -> dict:
@@ -144,6 +152,23 @@ def conv_gelu():
                 yield f"conv_gelu {dtype} {batch}x{side}x{hidden}", lambda b=batch, s=side, k=hidden, t=dtype: kernels.conv_gelu(
                     meta(b, s * s, k, dtype=t), s, s, meta(9, k, dtype=t), meta(k, dtype=torch.float32), None, True
                 )
+
+
+def conv_mlp():
+    from shiftaddvit.ops.conv_mlp import triton as kernels
+
+    single, half = torch.float32, torch.float16
+    linear = lambda e, n, k: (meta(e, n, k, dtype=half), meta(e, n, dtype=single), meta(16, k, dtype=half) if e == 2 else None)  # noqa: E731
+    # PVTv2-B0's first two stages, at 224 and at other sizes, and B1's first.
+    pictures = [(b, 56, 56, 32) for b in (1, 32, 256)] + [(8, 64, 64, 32), (8, 24, 40, 32)]
+    pictures += [(b, 28, 28, 64) for b in (1, 32, 256)] + [(32, 56, 56, 64)]
+    for batch, height, width, c in pictures:
+        for first, second in ((1, 1), (2, 2), (2, 1), (1, 2)) if c == 32 else ((1, 1), (2, 2)):
+            name = f"conv_mlp x{first}{second} {batch}x{height}x{width}x{c}"
+            yield name, lambda b=batch, h=height, w=width, c=c, e=first, f=second: kernels.conv_mlp(
+                meta(b, h * w, c), h, w, 1e-6, meta(c, dtype=single), meta(c, dtype=single), *linear(e, 8 * c, c), meta(9, 8 * c, dtype=half),
+                meta(8 * c, dtype=single), *linear(f, c, 8 * c), True,
+            )  # fmt: skip
 
 
 def linear_attention():
@@ -333,6 +358,7 @@ OPS = {
     "matshift": matshift,
     "norm_linear": norm_linear,
     "conv_gelu": conv_gelu,
+    "conv_mlp": conv_mlp,
     "linear_attention": linear_attention,
     "moe_linear": moe_linear,
     "matadd": matadd,
@@ -346,7 +372,8 @@ OPS = {
 # A launch of every large kernel, those with the most registers: quick enough for every run of the tests.
 REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
-    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "encode x2 256x196x160", "mix x2 256x784x64",
+    "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "conv_mlp x11 256x56x56x32", "conv_mlp x21 256x56x56x32",
+    "encode x2 256x196x160", "mix x2 256x784x64",
     "mix x2 256x197x192", "norm_linear x2 802816x32x256", "dual 50176x320x1280",
     "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",
     "patch_embed 1x160x14 k3", "softmax_attention 197x192",
@@ -359,9 +386,16 @@ REPRESENTATIVE = (
 
 def main(names: list[str]) -> None:
     from shiftaddvit.ops import tiling
+    from shiftaddvit.ops.conv_mlp.gluon import has_gluon
     from shiftaddvit.ops.patch_embed import triton as patch
 
     tiling.processors = patch.processors = lambda device: 132
+    if has_gluon():
+        from shiftaddvit.ops.conv_mlp import triton as mlp
+
+        mlp.processors = tiling.processors
+    else:
+        del OPS["conv_mlp"]
     representative = names == ["--representative"]
     for op in OPS if representative or not names else names:
         for label, launch in OPS[op]():

@@ -24,6 +24,7 @@ from shiftaddvit.layers.attention import AngularConfig, BinaryConfig
 from shiftaddvit.layers.moe import MoEConfig
 from shiftaddvit.layers.shift import ShiftConfig, ShiftLinear
 from shiftaddvit.ops.conv_gelu import conv_gelu
+from shiftaddvit.ops.conv_mlp import conv_mlp
 from shiftaddvit.reparam import Recipe
 
 FLOAT32 = 1e-4
@@ -386,6 +387,15 @@ def test_large_batches_go_through_wide_hidden_tensors_in_pieces(monkeypatch):
     monkeypatch.setattr("shiftaddvit.engine.mlp.PIECE_BYTES", 2 * 2 * step.grid[0] * step.grid[1] * step.conv.shape[1] * 4)
     assert torch.allclose(program.run(x, Launch("reference")), whole, atol=1e-5)
     assert seen[:3] == [2, 2, 1] and 5 in seen
+
+
+def test_an_mlp_in_one_op_is_the_same(monkeypatch):
+    program, x = lower(converted("pvt_v2", "ours-quant-moe"), torch.float32, SIZE), images(3)
+    expected, seen = program.run(x), []
+    monkeypatch.setattr("shiftaddvit.engine.mlp.FEWEST_TOKENS", 1)
+    monkeypatch.setattr("shiftaddvit.engine.mlp.fits", lambda *args: True)
+    monkeypatch.setattr("shiftaddvit.engine.mlp.conv_mlp", lambda x, *args: seen.append(len(x)) or conv_mlp(x, *args))
+    assert torch.allclose(program.run(x), expected, atol=1e-5) and set(seen) == {3}
 
 
 def test_float16_between_residuals_only_where_weights_leave_room():

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 ON_WARPGROUP_UNITS = {
     "matshift_kernel", "matshift_int8_kernel", "norm_linear_kernel", "wide_linear_kernel", "dual_kernel",
     "partition_kernel", "view_attention_kernel", "feed_forward_kernel", "ray_transformer_kernel", "apply_kernel",
+    "conv_mlp_kernel",
 }  # fmt: skip
 
 

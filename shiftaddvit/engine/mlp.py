@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.moe import MoEMlp
 from shiftaddvit.ops.conv_gelu import conv_gelu
+from shiftaddvit.ops.conv_mlp import conv_mlp, fits
 from shiftaddvit.ops.moe_linear import moe_linear
 from shiftaddvit.ops.norm_linear import norm_linear, route_rows
 
@@ -21,6 +22,9 @@ from .weights import Activation, Norm, Preparation, Projection, activate, activa
 
 PIECE_BYTES = 224 << 20
 """The hidden tensors before and after a convolution may take about so much memory; larger batches go through in pieces."""
+
+FEWEST_TOKENS = 8192
+"""Of fewer, three kernels have the shorter chains: in one, most multiprocessors would be without work, and the others busy starting a strip."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,27 @@ class ConvMlpStep:
         return self.fc2.fusable and self.activation == "gelu"
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
-        image = 2 * self.grid[0] * self.grid[1] * self.conv.shape[1] * self.conv.element_size()
+        fits_kernels = self._fits(x, launch)
+        # Of 32 channels the hidden tensor is never written, of 64 only behind the convolution.
+        tensors = 2 if not fits_kernels else 0 if x.shape[2] == 32 else 1
+        image = max(1, tensors * self.grid[0] * self.grid[1] * self.conv.shape[1] * self.conv.element_size())
         # A power of two, so that few shapes of launches come of it.
         most = 1 << max(0, (PIECE_BYTES // image).bit_length() - 1)
+        run = self._run_fused if fits_kernels else self._run
         if len(x) <= most:
-            return self._run(x, launch)
-        return torch.cat([self._run(part, launch) for part in x.split(most)])
+            return run(x, launch)
+        return torch.cat([run(part, launch) for part in x.split(most)])
+
+    def _run_fused(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
+        fc1, fc2 = ((part.weight, part.bias, part.rows) for part in (self.fc1, self.fc2))
+        return conv_mlp(x, *self.grid, self.norm.pair, self.norm.eps, fc1, (self.conv, self.conv_bias), fc2, launch.pdl, launch.backend)
+
+    def _fits(self, x: Float[Tensor, "B N C"], launch: Launch) -> bool:
+        """Whether `conv_mlp` has kernels for it."""
+        if launch.backend not in ("auto", "triton") or len(x) * x.shape[1] < FEWEST_TOKENS or not self.about().fused:
+            return False
+        biased = self.fc1.bias is not None and self.fc2.bias is not None and self.conv_bias is not None
+        return biased and fits(x, self.grid[1], self.fc1.weight, self.conv, self.fc2.weight)
 
     def _run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
         h = self.fc1.run(x, launch, self.norm)

@@ -13,17 +13,17 @@ from ..tiles import GELU_A, GELU_B, GELU_C, GELU_LIMIT, gelu, wait_for_inputs
 from ..tiling import Tile, key, next_power, pick, precision, processors
 
 
-def _twice(value: float) -> str:
+def twice(value: float) -> str:
     """A float16 in both halves of a word."""
     return f"{int.from_bytes(struct.pack('<e', value), 'little') * 0x10001:#010x}"
 
 
 HALF_GELU = tl.constexpr(
     "{ .reg .b32 s, t, c; mul.rn.f16x2 s, $1, $1; "
-    f"mov.b32 c, {_twice(GELU_LIMIT.value)}; min.f16x2 s, s, c; "
-    f"mov.b32 c, {_twice(GELU_C.value)}; mov.b32 t, {_twice(GELU_B.value)}; fma.rn.f16x2 t, s, c, t; "
-    f"mov.b32 c, {_twice(GELU_A.value)}; fma.rn.f16x2 t, s, t, c; mul.rn.f16x2 t, t, $1; tanh.approx.f16x2 t, t; "
-    f"mov.b32 c, {_twice(0.5)}; mul.rn.f16x2 s, $1, c; fma.rn.f16x2 $0, s, t, s; }}"
+    f"mov.b32 c, {twice(GELU_LIMIT.value)}; min.f16x2 s, s, c; "
+    f"mov.b32 c, {twice(GELU_C.value)}; mov.b32 t, {twice(GELU_B.value)}; fma.rn.f16x2 t, s, c, t; "
+    f"mov.b32 c, {twice(GELU_A.value)}; fma.rn.f16x2 t, s, t, c; mul.rn.f16x2 t, t, $1; tanh.approx.f16x2 t, t; "
+    f"mov.b32 c, {twice(0.5)}; mul.rn.f16x2 s, $1, c; fma.rn.f16x2 $0, s, t, s; }}"
 )
 
 
