@@ -84,7 +84,7 @@ class Job:
         return [
             *_script("row"), str(args.data), str(args.out), "--arch", args.arch, "--weights", str(args.out / args.arch / WEIGHTS),
             "--recipe", self.recipe, "--name", self.name, "--seed", str(self.seed), "--split", args.split,
-            "--epochs", *map(str, args.epochs), *(["--compile"] if args.compile else []), *self.options,
+            "--epochs", *map(str, args.epochs), *_speed(args), *self.options,
         ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def pretrained(args: argparse.Namespace, end: float) -> bool:
     command = [*_script("pretrain"), str(args.data), str(args.out), "--arch", args.arch, "--epochs", str(args.pretrain_epochs)]
     command += ["--start", str(args.start), "--lr", "1e-4"] if args.start else []
     with (args.out / f"{args.arch}.txt").open("a") as log:
-        process = subprocess.Popen([*command, *(["--compile"] if args.compile else [])], env=_environment(args.gpus[0]), stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *_speed(args)], env=_environment(args.gpus[0]), stdout=log, stderr=subprocess.STDOUT)
     try:
         process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -181,6 +181,10 @@ def keep(args: argparse.Namespace) -> None:
     weights = args.out / args.arch / WEIGHTS
     if weights.exists() and not (args.keep / f"{args.arch}-dense.0").exists():
         cut(weights, args.keep, f"{args.arch}-dense")
+
+
+def _speed(args: argparse.Namespace) -> list[str]:
+    return [flag for flag, wanted in (("--compile", args.compile), ("--graph", args.graph)) if wanted]
 
 
 def _script(command: str) -> list[str]:
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs=2, default=(10, 10))
     parser.add_argument("--pretrain-epochs", type=int, default=200)
     parser.add_argument("--compile", action="store_true", help="compile the training steps; what was compiled is kept by torch for the next run of a row")
+    parser.add_argument("--graph", action="store_true", help="record training steps as CUDA graphs")
     parser.add_argument("--start", type=Path, help="foundation weights to fine-tune as the dense model, instead of pre-training")
     parser.add_argument("--dense", type=Path, help="an earlier KEEP, to start from its dense weights")
     parser.add_argument("--keep", type=Path, help="where results and dense weights go after every row")

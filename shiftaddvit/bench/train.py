@@ -1,7 +1,7 @@
 """Time and memory of a training step: the product's own loop (`finetune`) on random images, dense and converted.
 
-`eager` launches every kernel of every step; `graphed` records a step and replays it, as `finetune` does by itself on one GPU; `compiled`
-does the same with `torch.compile`. Without a GPU `graphed` is `eager`.
+`eager` launches every kernel of every step; `graphed` records a step and replays it (`cuda_graph`); `compiled` does the same
+with `torch.compile`. Without a GPU `graphed` is `eager`.
 """
 
 import math

@@ -30,7 +30,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 2 for a mistake in what was given, 130 for Ctrl-C; a bug ends with its traceback and 1."""
+    """Entry point. Exit codes: 0, 2 for a mistake in what was given, 130 for Ctrl-C, or SIGTERM while training; a bug ends with its traceback and 1."""
     app(prog_name="shiftaddvit")
 
 

@@ -8,14 +8,16 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-class _WideLinear(Function):
-    @staticmethod
-    def forward(x, weight):
-        return F.linear(x.float(), weight.float())
-
+class _KeepsInputs(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
+
+
+class _WideLinear(_KeepsInputs):
+    @staticmethod
+    def forward(x, weight):
+        return F.linear(x.float(), weight.float())
 
     @staticmethod
     @once_differentiable
@@ -28,14 +30,10 @@ class _WideLinear(Function):
         return to_x, to_weight
 
 
-class _AttachGate(Function):
+class _AttachGate(_KeepsInputs):
     @staticmethod
     def forward(y, gate):
         return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable

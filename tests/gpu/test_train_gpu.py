@@ -31,10 +31,10 @@ class Cycle:
             yield (images[:-1], targets[:-1]) if self.odd and number >= 4 and number % 3 == 0 else (images, targets)
 
 
-def run(folder, recipe, batches, **changes):
+def run(folder, recipe, batches, cuda_graph=True, **changes):
     """Losses of all steps, the notes of the log, and the trained weights."""
     stages = (StageConfig("attention", 2, warmup_epochs=1), StageConfig("all", 2, warmup_epochs=1))
-    config = replace(TWO_STAGES, stages=stages, log_every=1, evaluate_every=0, **changes)
+    config = replace(TWO_STAGES, stages=stages, log_every=1, evaluate_every=0, cuda_graph=cuda_graph, **changes)
     built = model(recipe)
     finetune(built, batches, None, config, output=folder, show=False)
     events = read_log(folder / "log.jsonl")
