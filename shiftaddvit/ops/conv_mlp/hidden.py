@@ -4,7 +4,7 @@ has 256 of the hidden channels, in the order in which those of a thread are adja
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .kernels import _matrix, _wait_for_inputs
+from .kernels import _biases, _filters, _matrix, _norm_and_route, _row_buffers, _wait_for_inputs
 from .pieces import _convolve, _from_lane, _hidden, _new_sums, _operands, _rows, _spots, adjacent_layout, column_layout, tap_layout
 
 
@@ -41,35 +41,17 @@ def conv_hidden_kernel(
     NARROW: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     NARROWER: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     TAPS: gl.constexpr = tap_layout(N, WARPS)
-    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     block, place = gl.program_id(0) % BLOCKS * N, gl.program_id(0) // BLOCKS
     picture, top = place // bands * (8 // LANES), place % bands * ROWS
 
-    own1, own2, flags = (), (), ()
-    for row in gl.static_range(2):
-        own1 = own1 + (gl.allocate_shared_memory(gl.float16, [64, C], NARROW),)
-        own2 = own2 + (gl.allocate_shared_memory(gl.float16, [64, C], NARROW) if E1 == 2 else own1[row],)
-        flags = flags + (gl.allocate_shared_memory(gl.float16, [64, 16], NARROWER),)
+    own1, own2, flags = _row_buffers(E1, C, NARROW, NARROWER)
     ns = block + _order(gl.arange(0, N, gl.SliceLayout(1, LX)), WARPS)
     w1s = _matrix(w1, ns, N, C, NARROW, LX)
     w1bs = _matrix(w1 + F * C, ns, N, C, NARROW, LX) if E1 == 2 else w1s
-    fs, kinds = block + _order(gl.arange(0, N, gl.SliceLayout(1, L16)), WARPS), gl.arange(0, 16, gl.SliceLayout(0, L16))
-    bias = gl.load(b1 + kinds[None, :] % 8 * F + fs[:, None], mask=(kinds[None, :] % 8 < E1) & (fs[:, None] >= 0), other=0.0)
-    upper = bias.to(gl.float16)
-    lower = (bias - upper.to(gl.float32)).to(gl.float16)
-    b1s = gl.allocate_shared_memory(gl.float16, [N, 16], NARROWER, gl.where((kinds < 8)[None, :], upper, lower))
-    channels = block + _order(gl.arange(0, N, gl.SliceLayout(0, LH)), WARPS)
-    taps = ()
-    for k in gl.static_range(9):
-        taps = taps + (gl.allocate_shared_memory(gl.float16, [N], TAPS, (gl.load(conv + k * F + channels).to(gl.float32) * 0.5).to(gl.float16)),)
-    shift = gl.allocate_shared_memory(gl.float16, [N], TAPS, (gl.load(conv_bias + channels) * 0.5).to(gl.float16))
+    b1s = _biases(b1, block + _order(gl.arange(0, N, gl.SliceLayout(1, L16)), WARPS), E1, F, N, NARROWER, L16)
+    taps, shift = _filters(conv, conv_bias, block + _order(gl.arange(0, N, gl.SliceLayout(0, LH)), WARPS), F, N, TAPS)
     ks = gl.arange(0, C, gl.SliceLayout(0, LX))
-    gammas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(gamma + ks))
-    betas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(beta + ks))
-    route = betas
-    if E1 == 2:
-        parts = gl.load(route1 + ks).to(gl.float32) + gl.load(route1 + C + ks).to(gl.float32) + gl.load(route1 + 2 * C + ks).to(gl.float32)
-        route = gl.allocate_shared_memory(gl.float32, [C], VECTOR, parts)
+    gammas, betas, route = _norm_and_route(gamma, beta, route1, ks, E1, C)
 
     x += picture.to(gl.int64) * H * W * C
     out += picture.to(gl.int64) * H * W * F + block

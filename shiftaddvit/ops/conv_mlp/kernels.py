@@ -25,6 +25,49 @@ def _matrix(pointer, rows, R: gl.constexpr, K: gl.constexpr, shared: gl.constexp
     return gl.allocate_shared_memory(gl.float16, [R, K], shared, gl.load(pointer + rows[:, None] * K + ks[None, :]))
 
 
+@gluon.jit
+def _row_buffers(E1: gl.constexpr, C: gl.constexpr, shared: gl.constexpr, narrow: gl.constexpr):
+    """For each of two rows the left operands of fc1, of either expert, and the rows' flags."""
+    own1, own2, flags = (), (), ()
+    for row in gl.static_range(2):
+        own1 = own1 + (gl.allocate_shared_memory(gl.float16, [64, C], shared),)
+        own2 = own2 + (gl.allocate_shared_memory(gl.float16, [64, C], shared) if E1 == 2 else own1[row],)
+        flags = flags + (gl.allocate_shared_memory(gl.float16, [64, 16], narrow),)
+    return own1, own2, flags
+
+
+@gluon.jit
+def _biases(b1, fs, E1: gl.constexpr, F: gl.constexpr, N: gl.constexpr, narrow: gl.constexpr, L: gl.constexpr):
+    """Biases are a product too: one with each row's flags, of their upper halves and their lower ones. Of the N channels `fs`."""
+    kinds = gl.arange(0, 16, gl.SliceLayout(0, L))
+    bias = gl.load(b1 + kinds[None, :] % 8 * F + fs[:, None], mask=(kinds[None, :] % 8 < E1) & (fs[:, None] >= 0), other=0.0)
+    upper = bias.to(gl.float16)
+    lower = (bias - upper.to(gl.float32)).to(gl.float16)
+    return gl.allocate_shared_memory(gl.float16, [N, 16], narrow, gl.where((kinds < 8)[None, :], upper, lower))
+
+
+@gluon.jit
+def _filters(conv, conv_bias, channels, F: gl.constexpr, N: gl.constexpr, shared: gl.constexpr):
+    """Nine filters of those N channels and the convolution's bias, all halved for `_gelu`."""
+    taps = ()
+    for k in gl.static_range(9):
+        taps = taps + (gl.allocate_shared_memory(gl.float16, [N], shared, (gl.load(conv + k * F + channels).to(gl.float32) * 0.5).to(gl.float16)),)
+    return taps, gl.allocate_shared_memory(gl.float16, [N], shared, (gl.load(conv_bias + channels) * 0.5).to(gl.float16))
+
+
+@gluon.jit
+def _norm_and_route(gamma, beta, route1, ks, E1: gl.constexpr, C: gl.constexpr):
+    """LayerNorm's two vectors, and the router's difference."""
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    gammas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(gamma + ks))
+    betas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(beta + ks))
+    route = betas
+    if E1 == 2:
+        parts = gl.load(route1 + ks).to(gl.float32) + gl.load(route1 + C + ks).to(gl.float32) + gl.load(route1 + 2 * C + ks).to(gl.float32)
+        route = gl.allocate_shared_memory(gl.float32, [C], VECTOR, parts)
+    return gammas, betas, route
+
+
 @gluon.jit(do_not_specialize=["bands", "pictures"])
 def conv_mlp_kernel(
     x, gamma, beta, w1, b1, route1, conv, conv_bias, w2, b2, route2, out, H, W, bands, pictures, eps,
@@ -46,37 +89,17 @@ def conv_mlp_kernel(
 
     # Weights do not come from the kernel before this one.
     act = gl.allocate_shared_memory(gl.float16, [128, F], WIDE)
-    own1, own2, flags = (), (), ()
-    for row in gl.static_range(2):
-        own1 = own1 + (gl.allocate_shared_memory(gl.float16, [64, C], NARROW),)
-        own2 = own2 + (gl.allocate_shared_memory(gl.float16, [64, C], NARROW) if E1 == 2 else own1[row],)
-        flags = flags + (gl.allocate_shared_memory(gl.float16, [64, 16], NARROWER),)
+    own1, own2, flags = _row_buffers(E1, C, NARROW, NARROWER)
     n = gl.arange(0, C * E2, gl.SliceLayout(1, L64))
     # Columns of fc2 in the order in which a thread's are adjacent channels.
     w2s = _matrix(w2, n // C * C + n // 2 % 4 * (C // 4) + n // 8 % (C // 8) * 2 + n % 2, C * E2, F, WIDE, L64)
     route2s = _matrix(route2, gl.arange(0, 8, gl.SliceLayout(1, L64)), 8, F, WIDE, L64) if E2 == 2 else w2s
     w1s = _matrix(w1, gl.arange(0, F, gl.SliceLayout(1, LX)), F, C, NARROW, LX)
     w1bs = _matrix(w1 + F * C, gl.arange(0, F, gl.SliceLayout(1, LX)), F, C, NARROW, LX) if E1 == 2 else w1s
-    # Biases are a product too: one with each row's flags, of their upper halves and their lower ones.
-    fs, kinds = gl.arange(0, F, gl.SliceLayout(1, L16)), gl.arange(0, 16, gl.SliceLayout(0, L16))
-    bias = gl.load(b1 + kinds[None, :] % 8 * F + fs[:, None], mask=(kinds[None, :] % 8 < E1) & (fs[:, None] >= 0), other=0.0)
-    upper = bias.to(gl.float16)
-    lower = (bias - upper.to(gl.float32)).to(gl.float16)
-    b1s = gl.allocate_shared_memory(gl.float16, [F, 16], NARROWER, gl.where((kinds < 8)[None, :], upper, lower))
-    LF: gl.constexpr = gl.SliceLayout(0, LH)
-    channels = gl.arange(0, F, LF)
-    taps = ()
-    for k in gl.static_range(9):
-        taps = taps + (gl.allocate_shared_memory(gl.float16, [F], TAPS, (gl.load(conv + k * F + channels).to(gl.float32) * 0.5).to(gl.float16)),)
-    shift = gl.allocate_shared_memory(gl.float16, [F], TAPS, (gl.load(conv_bias + channels) * 0.5).to(gl.float16))
+    b1s = _biases(b1, gl.arange(0, F, gl.SliceLayout(1, L16)), E1, F, F, NARROWER, L16)
+    taps, shift = _filters(conv, conv_bias, gl.arange(0, F, gl.SliceLayout(0, LH)), F, F, TAPS)
     ks = gl.arange(0, C, gl.SliceLayout(0, LX))
-    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    gammas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(gamma + ks))
-    betas = gl.allocate_shared_memory(gl.float32, [C], VECTOR, gl.load(beta + ks))
-    route = betas
-    if E1 == 2:
-        parts = gl.load(route1 + ks).to(gl.float32) + gl.load(route1 + C + ks).to(gl.float32) + gl.load(route1 + 2 * C + ks).to(gl.float32)
-        route = gl.allocate_shared_memory(gl.float32, [C], VECTOR, parts)
+    gammas, betas, route = _norm_and_route(gamma, beta, route1, ks, E1, C)
     fence_async_shared()
 
     base = picture.to(gl.int64) * H * W * C
