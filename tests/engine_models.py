@@ -1,6 +1,7 @@
-"""Small models of every family, dense and converted, with no weight left at its initial value."""
+"""Small models of every family, dense and converted, with no weight left at its initial value; their engines, and how far these are off."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
@@ -8,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import shiftaddvit as sav
+from shiftaddvit.engine import Engine, Program, deploy
 from shiftaddvit.layers.hashing import HashConfig
 from shiftaddvit.models.pvt_v1 import PyramidVisionTransformer
 from shiftaddvit.reparam import Recipe
@@ -56,3 +58,25 @@ def converted(family: str, recipe: Recipe | str, **more) -> nn.Module:
 
 def images(count: int, seed: int = 1, size: int = SIZE) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+FLOAT32 = 1e-4
+@cache
+def published() -> nn.Module:
+    return converted("pvt_v2", "ours-quant-moe")
+
+
+@torch.no_grad()
+def error(engine: Engine | Program, model: nn.Module, x: torch.Tensor) -> float:
+    """Largest error of the logits over their largest value, of the worst image but one: codes and routes are decisions, and a value
+    within rounding of its threshold may fall on either side on another machine."""
+    expected = model(x)
+    y = engine.run(x) if isinstance(engine, Program) else engine(x)
+    assert y.dtype == torch.float32 and y.shape == expected.shape
+    errors = ((y - expected).abs().amax(1) / expected.abs().max()).sort().values
+    assert errors[-1] < 0.1
+    return float(errors[-2])
+
+
+def engine_of(model: nn.Module, **more) -> Engine:
+    return deploy(model, image_size=SIZE, **more)
