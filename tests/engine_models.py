@@ -61,6 +61,8 @@ def images(count: int, seed: int = 1, size: int = SIZE) -> torch.Tensor:
 
 
 FLOAT32 = 1e-4
+
+
 @cache
 def published() -> nn.Module:
     return converted("pvt_v2", "ours-quant-moe")
