@@ -197,7 +197,6 @@ def test_large_batches_go_through_wide_hidden_tensors_in_pieces(monkeypatch):
 def test_an_mlp_in_one_op_is_the_same(monkeypatch):
     program, x = lower(converted("pvt_v2", "ours-quant-moe"), torch.float32, SIZE), images(3)
     expected, seen = program.run(x), []
-    monkeypatch.setattr("shiftaddvit.engine.mlp.FUSED", True)
     monkeypatch.setattr("shiftaddvit.engine.mlp.FEWEST_TOKENS", 1)
     monkeypatch.setattr("shiftaddvit.engine.mlp.fits", lambda *args: True)
     monkeypatch.setattr("shiftaddvit.engine.mlp.conv_mlp", lambda x, *args: seen.append(len(x)) or conv_mlp(x, *args))

@@ -23,11 +23,9 @@ from .weights import Activation, Norm, Preparation, Projection, activate, activa
 PIECE_BYTES = 224 << 20
 """The hidden tensors before and after a convolution may take about so much memory; larger batches go through in pieces."""
 
-FUSED = False
-"""Whether `conv_mlp` is used. Off: it has not run on a GPU yet."""
-
-FEWEST_TOKENS = 8192
-"""Of fewer, three kernels have the shorter chains: in one, most multiprocessors would be without work, and the others busy starting a strip."""
+FEWEST_TOKENS = 16384
+"""Of fewer, `conv_mlp` is no faster than the three kernels that it stands for: most multiprocessors would be without work, and the others
+busy starting a strip."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class ConvMlpStep:
 
     def _fits(self, x: Float[Tensor, "B N C"], launch: Launch) -> bool:
         """Whether `conv_mlp` has kernels for it."""
-        if not FUSED or launch.backend not in ("auto", "triton") or len(x) * x.shape[1] < FEWEST_TOKENS or not self.about().fused:
+        if launch.backend not in ("auto", "triton") or len(x) * x.shape[1] < FEWEST_TOKENS or not self.about().fused:
             return False
         biased = self.fc1.bias is not None and self.fc2.bias is not None and self.conv_bias is not None
         return biased and fits(x, self.grid[1], self.fc1.weight, self.conv, self.fc2.weight)
