@@ -86,7 +86,7 @@ def pretrain(args: argparse.Namespace) -> None:
         load_pretrained(model, args.start)
     config = replace(
         pretraining(args.epochs, lr=args.lr, seed=args.seed, ema_decay=None if args.start else 0.9995),
-        precision="bf16" if device == "cuda" else "no", compile=args.compile, cuda_graph=args.graph, evaluate_every=20, checkpoint_minutes=1.0, log_every=100,
+        precision="bf16" if device == "cuda" else "no", compile=args.compile, evaluate_every=20, checkpoint_minutes=1.0, log_every=100,
     )  # fmt: skip
     output = args.out / args.arch
     result = finetune(model, train, val, config, output=output, resume=True)
@@ -111,7 +111,7 @@ def row(args: argparse.Namespace) -> None:
     config = FinetuneConfig(
         stages=stages, seed=args.seed, precision="bf16" if device == "cuda" else "no", evaluate_every=0, shift_lr_scale=args.shift_lr,
         adder_lr_scale=args.adder_lr,
-        distill_weight=args.distill, checkpoint_minutes=60, compile=args.compile, cuda_graph=args.graph,
+        distill_weight=args.distill, checkpoint_minutes=60, compile=args.compile,
     )  # fmt: skip
     output = args.out / f"{args.arch}-{args.name or args.recipe}-s{args.seed}"
     result = finetune(model, train, val, config, output=output, overwrite=True, teacher=teacher)
@@ -155,7 +155,6 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--lr", type=float, default=1e-3 if name == "pretrain" else None)
         command.add_argument("--compile", action="store_true")
-        command.add_argument("--graph", action="store_true", help="record a step as a CUDA graph")
         if name == "pretrain":
             command.add_argument("--epochs", type=int, default=300)
             command.add_argument("--start", type=Path, help="foundation weights to start from instead of random ones")

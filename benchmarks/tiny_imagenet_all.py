@@ -56,6 +56,14 @@ SHIFTS = {
 }
 """Forms of shift layers; settings of the run, not only of the recipe."""
 
+TRAINING = {
+    "lr5e-4": ("--lr", "5e-4"),
+    "lr1e-3": ("--lr", "1e-3"),
+    "distil": ("--distill", "0.5"),
+    "distil-lr5e-4": ("--distill", "0.5", "--lr", "5e-4"),
+}
+"""Ways to fine-tune, of the dense control too; each beside the usual one."""
+
 MAIN = ("msa", "ours-quant-linear", "ours-quant-add", "ours-quant-shift", "ours-quant-moe")
 REST = (
     "pvt-moe", "ecoformer", "ours-ksh-linear", "ours-ksh-add", "ours-ksh-add-shift", "ours-ksh-add-shift-moe", "ours-ksh-moe",
@@ -99,6 +107,11 @@ def jobs(groups: list[str]) -> list[Job]:
     if "finals" in groups:
         found += [_add(form, codes, seed) for seed in SEEDS for codes in FINALISTS[1] for form in FINALISTS[0]]
         found += [Job(f"linear-{form}", "ours-quant-linear", seed, _set(ANGULAR[form])) for seed in SEEDS for form in FINALISTS[0]]
+    if "training" in groups:
+        found += [Job("ours-quant-add", "ours-quant-add")]
+        pairs = ("dense-ft", "dense"), ("ours-quant-add", "ours-quant-add")
+        found += [Job(f"{row}-{way}", recipe, 0, options) for way, options in TRAINING.items() for row, recipe in pairs]
+        found += [Job(recipe, recipe) for recipe in ("ours-quant-moe", "ours-quant-shift", "msa")]
     if "main" in groups:
         found += [Job(recipe, recipe, seed) for seed in SEEDS for recipe in reversed(MAIN)]
     if "rest" in groups:
@@ -184,7 +197,7 @@ def keep(args: argparse.Namespace) -> None:
 
 
 def _speed(args: argparse.Namespace) -> list[str]:
-    return [flag for flag, wanted in (("--compile", args.compile), ("--graph", args.graph)) if wanted]
+    return ["--compile"] if args.compile else []
 
 
 def _script(command: str) -> list[str]:
@@ -210,12 +223,11 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arch", choices=MODELS, default="pvt_v2_b0")
-    parser.add_argument("--group", nargs="+", choices=("forms", "finals", "main", "rest", "baselines"), default=["main"])
+    parser.add_argument("--group", nargs="+", choices=("forms", "finals", "training", "main", "rest", "baselines"), default=["main"])
     parser.add_argument("--split", choices=("dev", "val"), default="dev")
     parser.add_argument("--epochs", type=int, nargs=2, default=(10, 10))
     parser.add_argument("--pretrain-epochs", type=int, default=200)
     parser.add_argument("--compile", action="store_true", help="compile the training steps; what was compiled is kept by torch for the next run of a row")
-    parser.add_argument("--graph", action="store_true", help="record training steps as CUDA graphs")
     parser.add_argument("--start", type=Path, help="foundation weights to fine-tune as the dense model, instead of pre-training")
     parser.add_argument("--dense", type=Path, help="an earlier KEEP, to start from its dense weights")
     parser.add_argument("--keep", type=Path, help="where results and dense weights go after every row")
@@ -223,8 +235,8 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=5, help="runs at a time on each GPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no row that would end later, going by the longest so far; stop what still runs then")
     args = parser.parse_args()
-    if {"forms", "finals"} & set(args.group) and args.split != "dev":
-        parser.error("forms are compared on the dev split: the validation images are for the table")
+    if {"forms", "finals", "training"} & set(args.group) and args.split != "dev":
+        parser.error("forms and ways to train are compared on the dev split: the validation images are for the table")
     run(args)
 
 

@@ -98,9 +98,10 @@ def inspect_code(cubin: bytes) -> dict:
 def main(names: list[str]) -> None:
     from shiftaddvit.ops import tiling
     from shiftaddvit.ops.conv_mlp.gluon import has_gluon
+    from shiftaddvit.ops.moe_train import triton as mixtures
     from shiftaddvit.ops.patch_embed import triton as patch
 
-    tiling.processors = patch.processors = lambda device: 132
+    tiling.processors = patch.processors = mixtures.processors = lambda device: 132
     if has_gluon():
         from shiftaddvit.ops.conv_mlp import triton as mlp
 

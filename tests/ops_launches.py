@@ -142,6 +142,21 @@ def moe_linear():
         )
 
 
+def moe_train():
+    from shiftaddvit.ops.moe_train import triton as kernels
+
+    single = torch.float32
+    for m, k, n in ((262144, 32, 256), (262144, 256, 32), (65536, 64, 64), (16384, 160, 640), (4096, 1024, 256)):
+        rows, index, router, noise, w = meta(m, k), meta(m, dtype=torch.int8), meta(2, k, dtype=single), meta(m, 2, dtype=single), meta(2, n, k)
+        yield f"moe_train {m}x{k}x{n}", lambda x=rows, r=router, z=noise, w=w, n=n: kernels.forward(x, r, z, w, meta(2, n, dtype=single))
+        yield f"moe_train grad {m}x{k}x{n}", lambda m=m, n=n, x=rows, i=index, r=router, z=noise, w=w: kernels.backward(
+            meta(m, n), z, x, meta(m, n), z, i, r, z, w
+        )
+    yield "moe_train grad float16 65536x64x512", lambda: kernels.weight_grads(
+        meta(65536, 512, dtype=torch.float16), meta(65536, 64, dtype=torch.float16), meta(65536, dtype=torch.int8), meta(65536, 2, dtype=single)
+    )
+
+
 def matadd():
     from shiftaddvit.ops.matadd import triton as kernels
 
@@ -270,6 +285,7 @@ OPS = {
     "conv_mlp": conv_mlp,
     "linear_attention": linear_attention,
     "moe_linear": moe_linear,
+    "moe_train": moe_train,
     "matadd": matadd,
     "patch_embed": patch_embed,
     "softmax_attention": softmax_attention,
@@ -284,7 +300,7 @@ REPRESENTATIVE = (
     "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "conv_mlp x11 256x56x56x32", "conv_mlp x21 256x56x56x32",
     "encode x2 256x196x160", "mix x2 256x784x64",
     "mix x2 256x197x192", "norm_linear x2 802816x32x256", "dual 50176x320x1280",
-    "partition 50176x320x1280", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",
+    "partition 50176x320x1280", "moe_train grad 262144x256x32", "moe_train grad 65536x64x64", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",
     "patch_embed 1x160x14 k3", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",
     "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",

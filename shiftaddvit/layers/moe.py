@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shiftaddvit.ops.moe_linear import moe_linear
+from shiftaddvit.ops.moe_train import moe_train
 
 from .lean import as_computed, attach_gate
 from .router import Gate, Router, Routing
@@ -42,7 +42,7 @@ class MoEConfig:
 
 class _Mixture(nn.Module):
     """A router over experts of the same signature. Every expert is computed on every token and the routed row kept, so there is no host
-    sync and no data-dependent shape; `MoELinear` trains on a GPU by a kernel that computes what is kept (`ops/moe_linear`).
+    sync and no data-dependent shape; `MoELinear` trains on a GPU by kernels that compute what is kept (`ops/moe_train`).
 
     Under autocast router and experts see the rows in the dtype that the experts compute in, as a deployed engine does. With `enabled = False` every token goes to the first expert.
     """
@@ -89,18 +89,23 @@ class MoELinear(_Mixture):
         layer = cls(linear.in_features, [make[kind]() for kind in config.experts], config)
         return layer.to(linear.weight.device).train(linear.training)
 
-    def routed(self, x: Tensor, routing: Routing) -> Tensor:
-        if not self.trains_by_kernel(x):
-            return super().routed(x, routing)
-        weight = torch.stack([expert.weight.to(x.dtype) for expert in self.experts])
+    def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        rows = as_computed(x)
+        if not self.trains_by_kernel(rows):
+            return super().forward(x)
+        noise = self.router.draw(rows)
+        weight = torch.stack([expert.weight.to(rows.dtype) for expert in self.experts])
         biases = [expert.bias for expert in self.experts]
         bias = None if biases[0] is None else torch.stack(biases).float()
-        return moe_linear(x, routing.index.to(torch.int8), weight, bias)
+        y, clean, index = moe_train(rows, self.router.weight.float(), noise, weight, bias)
+        self.router(rows, Routing.by_kernel(index, clean, noise))
+        return y
 
     def trains_by_kernel(self, x: Tensor) -> bool:
-        """Whether a kernel computes the routed rows alone: two plain experts in half precision on a GPU, with gradients."""
+        """Whether one op computes router and routed rows: two plain experts in half precision on a GPU, with gradients and a gate of one."""
         plain = all(type(expert) is nn.Linear or (type(expert) is ShiftLinear and not expert.config.fixed_point) for expert in self.experts)
-        return x.is_cuda and torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16) and plain and len(self.experts) == 2
+        wanted = self.enabled and self.config.gate == "value-preserving" and torch.is_grad_enabled()
+        return wanted and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and plain and len(self.experts) == 2
 
     @property
     def in_features(self) -> int:

@@ -67,9 +67,9 @@ class FinetuneConfig:
     """Mixed precision, by accelerate."""
     compile: bool = False
     """torch.compile the model."""
-    cuda_graph: bool = False
+    cuda_graph: bool = True
     """On one GPU, record a step once and replay it: the same numbers, without the time that launching takes. Where a step cannot be
-    recorded it runs as it is, and the log says why. Off by default until it has run on a GPU."""
+    recorded it runs as it is, and the log says why."""
     channels_last: bool = False
     """Keep convolution inputs in channels-last memory order."""
     seed: int = 0

@@ -16,6 +16,7 @@ from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 from shiftaddvit.ops.matadd import key_value, pack_codes, query_context
 from shiftaddvit.ops.matshift import formats, matshift, matshift_int8
 from shiftaddvit.ops.moe_linear import moe_linear, routed_linear
+from shiftaddvit.ops.moe_train import moe_train
 from shiftaddvit.ops.norm_linear import norm_linear
 from shiftaddvit.ops.patch_embed import patch_embed
 from shiftaddvit.ops.softmax_attention import softmax_attention
@@ -181,6 +182,29 @@ def test_moe_linear_forward_and_backward(tokens, inputs, outputs, spread, dtype,
     exact.backward(grad.double())
     assert error(y, exact) < TOLERANCE[dtype]
     for name, mine, other in zip(("x", "weight", "bias", "gate"), ours, theirs, strict=True):
+        assert error(mine.grad, other.grad) < 3 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 32, 64), (9001, 32, 256), (9000, 256, 32), (3000, 33, 70), (9000, 320, 1280), (70000, 64, 64)])
+def test_moe_train_forward_and_backward(tokens, inputs, outputs, dtype):
+    x, weight, bias = normal(tokens, inputs, dtype=dtype), normal(2, outputs, inputs, dtype=dtype, scale=inputs**-0.5), normal(2, outputs)
+    router, noise = normal(2, inputs, scale=inputs**-0.5), normal(tokens, 2, scale=0.5)
+    ours = [t.clone().requires_grad_() for t in (x, router, weight, bias)]
+    theirs = [t.double().requires_grad_() for t in (x, router, weight, bias)]
+    with poisoned_outputs():
+        y, clean, index = moe_train(ours[0], ours[1], noise, ours[2], ours[3])
+        grad, to_clean = torch.randn_like(y), torch.randn_like(clean)
+        torch.autograd.backward((y, clean), (grad, to_clean))
+    exact_clean = theirs[0] @ theirs[1].t()
+    gate = (exact_clean + noise).softmax(1).gather(1, index.long()[:, None])
+    every = torch.einsum("mk,enk->men", theirs[0], theirs[2]) + theirs[3]
+    exact = torch.where((index == 1)[:, None], every[:, 1], every[:, 0]) * (gate / gate.detach())
+    torch.autograd.backward((exact, exact_clean), (grad.double(), to_clean.double()))
+    decided = ((exact_clean + noise).diff(dim=1)[:, 0] > 0).to(torch.int8)
+    assert (index != decided).sum() <= tokens // 10000 and error(clean, exact_clean) < 1e-5
+    assert error(y, exact) < TOLERANCE[dtype]
+    for name, mine, other in zip(("x", "router", "weight", "bias"), ours, theirs, strict=True):
         assert error(mine.grad, other.grad) < 3 * TOLERANCE[dtype], name
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from train_runs import STEPS, TWO_STAGES, loader, model
 
-from shiftaddvit.layers import MoEConfig, MoELinear
+from shiftaddvit.layers import MoELinear
 from shiftaddvit.train import StageConfig, finetune
 from shiftaddvit.train.run_folder import read_log
 
@@ -75,13 +75,13 @@ def test_a_step_that_waits_for_the_device_is_not_recorded(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gate", ["value-preserving", "paper"])
-def test_a_mixture_trained_by_its_kernel_equals_the_one_that_computes_every_expert(monkeypatch, gate, dtype):
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 160), (32, 256), (256, 32), (160, 640)])
+def test_a_mixture_trained_by_its_kernels_equals_the_one_that_computes_every_expert(monkeypatch, inputs, outputs, dtype):
     torch.manual_seed(0)
-    layer = MoELinear.from_linear(torch.nn.Linear(96, 160), MoEConfig(gate=gate)).cuda()
+    layer = MoELinear.from_linear(torch.nn.Linear(inputs, outputs)).cuda()
     for number, expert in enumerate(layer.experts):
         expert.bias.data += number
-    x, upstream = torch.randn(7, 111, 96, device="cuda", requires_grad=True), torch.randn(7, 111, 160, device="cuda")
+    x, upstream = torch.randn(7, 1611, inputs, device="cuda", requires_grad=True), torch.randn(7, 1611, outputs, device="cuda")
 
     def results():
         torch.manual_seed(1)  # of the router's noise

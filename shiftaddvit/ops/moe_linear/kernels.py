@@ -7,9 +7,18 @@ from ..tiles import load_columns, wait_for_inputs
 
 
 @triton.jit
+def _with_extra(acc, extra, plus, m, n, inside, N):
+    """acc + extra (M, 2) · plus (2, N)."""
+    for i in tl.static_range(2):
+        column = tl.load(extra + 2 * m + i, mask=inside, other=0.0)
+        acc += column[:, None] * tl.load(plus + i * N + n, mask=n < N, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
 def dual_kernel(
-    x, index, gate, w, bias, out, M, N, K, stride_x,
-    HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    x, index, gate, w, bias, extra, plus, out, M, N, K, stride_x,
+    HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Both experts' products for every row, from one reading of x; each row keeps its own."""
@@ -33,6 +42,8 @@ def dual_kernel(
         acc = acc + tl.where(second[:, None], tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :], shift)
     if HAS_GATE:
         acc = acc * tl.load(gate + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    if HAS_EXTRA:
+        acc = _with_extra(acc, extra, plus, m, n, m < M, N)
     where = out + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(where, acc.to(T), mask=(m[:, None] < M) & (n[None, :] < N))
 
@@ -73,8 +84,8 @@ def order_kernel(
 
 @triton.jit
 def partition_kernel(
-    x, order, firsts, gate, w, bias, out, M, N, K, stride_x,
-    HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, WINDOW: tl.constexpr,
+    x, order, firsts, gate, w, bias, extra, plus, out, M, N, K, stride_x,
+    HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One expert's product for a run of sorted rows. Only the run in which a window changes expert is computed for both."""
@@ -100,6 +111,8 @@ def partition_kernel(
             acc = acc + tl.load(bias + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if HAS_GATE:
             acc = acc * tl.load(gate + m, mask=slot < M, other=0.0).to(tl.float32)[:, None]
+        if HAS_EXTRA:
+            acc = _with_extra(acc, extra, plus, m, n, slot < M, N)
         mine = (slot < M) & ((slot >= border) == (expert == 1))
         where = out + m[:, None].to(tl.int64) * N + n[None, :]
         tl.store(where, acc.to(T), mask=mine[:, None] & (n[None, :] < N))

@@ -35,21 +35,25 @@ def pick_tile(name: str, m: int, n: int, k: int, dtype: torch.dtype, device: tor
     return pick(device, key(name + precision(dtype), m, n, k), usual, **bounds)
 
 
-def dual(x: Tensor, index: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+Extra = tuple[Tensor, Tensor]
+"""float32 (M, 2) and (2, N), whose product is added to the output."""
+
+
+def dual(x: Tensor, index: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, extra: Extra | None = None) -> Tensor:
     """x (M, K), index (M,) of integers 0 and 1, gate (M,), weight (2, N, K), bias (2, N)."""
     (m, k), n = x.shape, weight.shape[1]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
         tile = pick_tile("moe_dual", m, n, k, x.dtype, x.device)
         dual_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
-            x, index, gate, weight, bias, out, m, n, k, x.stride(0), HAS_GATE=gate is not None, HAS_BIAS=bias is not None,
-            PRECISION=_precision(x), PDL=False, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
+            x, index, gate, weight, bias, *(extra or (None, None)), out, m, n, k, x.stride(0), HAS_GATE=gate is not None,
+            HAS_BIAS=bias is not None, HAS_EXTRA=extra is not None, PRECISION=_precision(x), PDL=False, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return out
 
 
 def partition(
-    x: Tensor, order: Tensor, firsts: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None
+    x: Tensor, order: Tensor, firsts: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, extra: Extra | None = None
 ) -> Tensor:
     """As `dual`, with rows already ordered by `order_rows`."""
     (m, k), n = x.shape, weight.shape[1]
@@ -57,8 +61,8 @@ def partition(
     if out.numel():
         tile = pick_tile("moe_partition", m, n, k, x.dtype, x.device)
         partition_kernel[(-(-m // tile.m) * -(-n // tile.n),)](
-            x, order, firsts, gate, weight, bias, out, m, n, k, x.stride(0), HAS_GATE=gate is not None, HAS_BIAS=bias is not None,
-            PRECISION=_precision(x), PDL=False, WINDOW=WINDOW,
+            x, order, firsts, gate, weight, bias, *(extra or (None, None)), out, m, n, k, x.stride(0), HAS_GATE=gate is not None,
+            HAS_BIAS=bias is not None, HAS_EXTRA=extra is not None, PRECISION=_precision(x), PDL=False, WINDOW=WINDOW,
             BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return out
