@@ -21,12 +21,15 @@ class Routing(NamedTuple):
     """The expert each token goes to: the argmax of the noisy logits."""
     gate: Float[Tensor, "*tokens"]
     """The factor on the expert's output: p/stopgrad(p) = 1, or p."""
-    probs: Float[Tensor, "*tokens experts"]
-    """softmax of the noisy logits."""
     logits: Float[Tensor, "*tokens experts"]
     """With noise in training, the same as `clean_logits` otherwise."""
     clean_logits: Float[Tensor, "*tokens experts"]
     """W_r x."""
+
+    @property
+    def probs(self) -> Float[Tensor, "*tokens experts"]:
+        """softmax of the noisy logits, computed where it is asked for."""
+        return self.logits.softmax(dim=-1)
 
 
 class Router(nn.Module):
@@ -54,11 +57,10 @@ class Router(nn.Module):
             else:
                 clean = F.linear(x.float(), self.weight.float())
             noisy = clean + torch.randn_like(clean) * self.noise_std if self.training and self.noise else clean
-            probs = noisy.softmax(dim=-1)
             index = noisy.argmax(dim=-1)
-            chosen = probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            chosen = noisy.softmax(dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
             gate = chosen / chosen.detach() if self.gate == "value-preserving" else chosen
-        return Routing(index, gate, probs, noisy, clean)
+        return Routing(index, gate, noisy, clean)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, experts={self.experts}, gate={self.gate}"
