@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shiftaddvit.layers.router import Routing
+from shiftaddvit.ops.expert_sums import expert_sums, reference
 
 
 def classification_loss(
@@ -26,19 +27,15 @@ def distillation_loss(
     return F.kl_div(student, target, log_target=True, reduction="batchmean") * temperature**2
 
 
-def squared_coefficient_of_variation(x: Float[Tensor, "experts"]) -> Float[Tensor, ""]:
-    """SCV(x) = (σ/μ)² with the population variance."""
-    return x.var(correction=0) / x.mean().square().clamp_min(1e-20)
+def squared_coefficient_of_variation(x: Float[Tensor, "*sums experts"]) -> Float[Tensor, "*sums"]:
+    """SCV(x) = (σ/μ)² over experts with the population variance."""
+    return x.var(dim=-1, correction=0) / x.mean(dim=-1).square().clamp_min(1e-20)
 
 
 def win_probability(routing: Routing) -> Float[Tensor, "*tokens experts"]:
     """q_i(x) = Φ((z_i − thr_i)/σ_n): the probability that expert i wins when its own noise is drawn again; z are the clean logits,
     thr_i the best competing noisy logit, σ_n = 1/experts."""
-    logits = routing.logits
-    experts = logits.shape[-1]
-    itself = torch.eye(experts, dtype=torch.bool, device=logits.device)
-    competing = logits.unsqueeze(-2).masked_fill(itself, float("-inf")).amax(dim=-1)
-    return torch.special.ndtr((routing.clean_logits - competing) * experts)
+    return reference.win_probability(routing.logits, routing.clean_logits)
 
 
 def balance_loss(
@@ -48,12 +45,15 @@ def balance_loss(
 
     With α = cost/Σ cost (measured for each layer's shape, see `train.latency`): L_imp = SCV({α_i Σ_x p_i(x)}) and
     L_load = SCV({α_i Σ_x q_i(x)}), sums over all tokens of the batch. At the optimum expert i gets tokens ∝ 1/cost_i.
+    Layers of equally many experts are computed together from their sums on.
     """
-    terms = []
+    by_experts: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for name, routing in records.items():
-        cost = costs[name].to(routing.probs.device)
-        share = cost / cost.sum()
-        importance = routing.probs.flatten(0, -2).sum(dim=0)
-        load = win_probability(routing).flatten(0, -2).sum(dim=0)
-        terms.append(squared_coefficient_of_variation(share * importance) + squared_coefficient_of_variation(share * load))
-    return torch.stack(terms).mean() if terms else torch.zeros(())
+        sums = expert_sums(routing.logits.float(), routing.clean_logits.float())
+        by_experts.setdefault(sums.shape[-1], []).append((sums, costs[name].to(sums.device)))
+    terms = []
+    for layers in by_experts.values():
+        sums, cost = (torch.stack(tensors) for tensors in zip(*layers, strict=True))  # (layers, 2, experts) and (layers, experts)
+        share = cost / cost.sum(dim=-1, keepdim=True)
+        terms.append(squared_coefficient_of_variation(share.unsqueeze(1) * sums).sum(dim=-1))
+    return torch.cat(terms).mean() if terms else torch.zeros(())

@@ -226,6 +226,15 @@ def layer_norm():
             yield f"layer_norm {batch}x{tokens}x{c}{' mean' if mean else ''}", lambda x=x, w=w, mean=mean: kernels.layer_norm(x, w, w, 1e-6, mean, True)
 
 
+def expert_sums():
+    from shiftaddvit.ops.expert_sums import triton as kernels
+
+    m = lambda *shape: meta(*shape, dtype=torch.float32)  # noqa: E731
+    for tokens in (802816, 12544, 63):
+        yield f"expert_sums {tokens}", lambda t=tokens: kernels.expert_sums(m(t, 2), m(t, 2))
+        yield f"expert_sums grad {tokens}", lambda t=tokens: kernels.gradients(m(t, 2), m(t, 2), m(2, 2))
+
+
 def gnt():
     """The published width, 192 samples, 10 views, a picture of 504×378."""
     from shiftaddvit.ops.feed_forward import triton as feed
@@ -291,6 +300,7 @@ OPS = {
     "softmax_attention": softmax_attention,
     "layer_norm": layer_norm,
     "adder": adder,
+    "expert_sums": expert_sums,
     "gnt": gnt,
     "float32": float32,
 }
@@ -303,7 +313,7 @@ REPRESENTATIVE = (
     "partition 50176x320x1280", "moe_train grad 262144x256x32", "moe_train grad 65536x64x64", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",
     "patch_embed 1x160x14 k3", "softmax_attention 197x192",
     "layer_norm 256x49x512 mean",
-    "adder grad 100352x64x512", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",
+    "adder grad 100352x64x512", "expert_sums 802816", "expert_sums grad 802816", "view_lookup bfloat16", "view_attention x22 bfloat16", "feed_forward x22 bfloat16", "ray_query bfloat16",
     "ray_transformer token x22 bfloat16", "ray_transformer softmax x11 bfloat16", "ray_scores token bfloat16",
     "norm_linear fp32 x1 200704x128x512", "norm_linear fp32 x2 50176x160x640", "key_value fp32 r64 d64", "query_context fp32 r128 d128",
 )  # fmt: skip

@@ -27,7 +27,7 @@ ALLOWED = {
     "numerics": set(),
     "ops": {"numerics"},
     "layers": {"numerics", "ops"},
-    "losses": {"numerics", "layers"},
+    "losses": {"numerics", "ops", "layers"},
     "models": set(),
     "data": set(),
     "baselines": {"numerics", "ops", "layers"},

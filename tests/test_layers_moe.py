@@ -118,3 +118,30 @@ def test_mlp_mixture_routes_whole_mlps():
     index = layer.router(x).index
     assert set(index.unique().tolist()) == {0, 1}
     torch.testing.assert_close(layer(x), torch.where((index == 0).unsqueeze(-1), layer.experts[0](x), layer.experts[1](x)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_form_that_trains_on_a_gpu_is_the_same_function(monkeypatch, bias, training):
+    torch.manual_seed(0)
+    layer = MoELinear.from_linear(nn.Linear(8, 6, bias=bias)).train(training)
+    if bias:
+        layer.experts[1].bias.data += 1  # experts that differ
+    x, upstream = torch.randn(3, 40, 8, requires_grad=True), torch.randn(3, 40, 6)
+
+    def results():
+        torch.manual_seed(1)  # of the noise
+        with record_routing(layer) as records:
+            y = layer(x)
+        (routing,) = records.values()
+        loss = (y * upstream).sum() + routing.probs.square().sum() + routing.clean_logits.square().sum()
+        return y, routing, torch.autograd.grad(loss, (x, *layer.parameters()))
+
+    expected_y, expected_routing, expected = results()
+    monkeypatch.setattr(MoELinear, "trains_by_kernel", lambda self, x: True)
+    y, routing, found = results()
+    torch.testing.assert_close(y, expected_y)
+    assert torch.equal(routing.index.long(), expected_routing.index) and torch.equal(routing.gate, torch.ones(3, 40))
+    torch.testing.assert_close(routing.logits, expected_routing.logits)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

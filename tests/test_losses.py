@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 def routing_of(probs: torch.Tensor) -> Routing:
     logits = probs.log()
-    return Routing(probs.argmax(-1), torch.ones(probs.shape[:-1]), probs, logits, logits)
+    return Routing(probs.argmax(-1), torch.ones(probs.shape[:-1]), logits, logits)
 
 
 def scv(values: list[float]) -> float:
@@ -71,7 +71,7 @@ def test_training_routers_on_the_balance_loss_alone_sends_tokens_inversely_to_co
 def test_win_probability_is_the_chance_under_new_noise():
     clean = torch.tensor([[0.3, 0.1]])
     noisy = torch.tensor([[0.5, -0.2]])
-    routing = Routing(noisy.argmax(-1), torch.ones(1), noisy.softmax(-1), noisy, clean)
+    routing = Routing(noisy.argmax(-1), torch.ones(1), noisy, clean)
     draws = clean + 0.5 * torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([(draws[:, 0] > -0.2).float().mean(), (draws[:, 1] > 0.5).float().mean()])
     torch.testing.assert_close(win_probability(routing)[0], expected, atol=5e-3, rtol=0)
@@ -101,7 +101,7 @@ def test_a_model_without_mixtures_has_no_balance_loss():
 
 def test_all_tokens_to_one_expert_is_finite():
     logits = torch.tensor([[500.0, -500.0]]).repeat(4, 1).requires_grad_()
-    routing = Routing(logits.argmax(-1), torch.ones(4), logits.softmax(-1), logits, logits)
+    routing = Routing(logits.argmax(-1), torch.ones(4), logits, logits)
     loss = balance_loss({"a": routing}, {"a": torch.tensor([1.0, 2.0])})
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()

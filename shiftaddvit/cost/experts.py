@@ -81,7 +81,7 @@ def measured(model: nn.Module, images: Tensor | Iterable[Tensor | Sequence[Tenso
                 model(batch.to(device))
                 for name, routing in records.items():
                     index = routing.index.reshape(len(batch), -1)
-                    experts = routing.probs.shape[-1]
+                    experts = routing.logits.shape[-1]
                     counts.setdefault(name, []).append(torch.stack([(index == e).sum(dim=1) for e in range(experts)], dim=1).cpu())
                 records.clear()
     finally:

@@ -98,7 +98,7 @@ class MoELinear(_Mixture):
         biases = [expert.bias for expert in self.experts]
         bias = None if biases[0] is None else torch.stack(biases).float()
         y, clean, index = moe_train(rows, self.router.weight.float(), noise, weight, bias)
-        self.router(rows, Routing.by_kernel(index, clean, noise))
+        self.router(rows, decided=Routing.by_kernel(index, clean, noise))
         return y
 
     def trains_by_kernel(self, x: Tensor) -> bool:

@@ -21,12 +21,20 @@ class Routing(NamedTuple):
     """The expert each token goes to: the argmax of the noisy logits."""
     gate: Float[Tensor, "*tokens"]
     """The factor on the expert's output: p/stopgrad(p) = 1, or p."""
-    probs: Float[Tensor, "*tokens experts"]
-    """softmax of the noisy logits."""
     logits: Float[Tensor, "*tokens experts"]
     """With noise in training, the same as `clean_logits` otherwise."""
     clean_logits: Float[Tensor, "*tokens experts"]
     """W_r x."""
+
+    @classmethod
+    def by_kernel(cls, index: Int[Tensor, "*tokens"], clean: Float[Tensor, "*tokens experts"], noise: Float[Tensor, "*tokens experts"] | None) -> "Routing":
+        """What a kernel has decided, whose gates are one and already have their gradient."""
+        return cls(index, clean.new_ones(()).expand(index.shape), clean if noise is None else clean + noise, clean)
+
+    @property
+    def probs(self) -> Float[Tensor, "*tokens experts"]:
+        """softmax of the noisy logits, computed where it is asked for."""
+        return self.logits.softmax(dim=-1)
 
 
 class Router(nn.Module):
@@ -47,18 +55,27 @@ class Router(nn.Module):
     def noise_std(self) -> float:
         return 1.0 / self.experts
 
-    def forward(self, x: Float[Tensor, "*tokens dim"]) -> Routing:
+    def draw(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens experts"] | None:
+        """Noise for every token's logits, in training."""
+        if not (self.training and self.noise):
+            return None
+        return torch.randn(*x.shape[:-1], self.experts, device=x.device) * self.noise_std
+
+    def forward(self, x: Float[Tensor, "*tokens dim"], decided: Routing | None = None) -> Routing:
+        """Decide, or pass on what a kernel has `decided`, so that whoever records routers sees that too."""
+        if decided is not None:
+            return decided
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16):
                 clean = wide_linear(x, self.weight)
             else:
                 clean = F.linear(x.float(), self.weight.float())
-            noisy = clean + torch.randn_like(clean) * self.noise_std if self.training and self.noise else clean
-            probs = noisy.softmax(dim=-1)
+            noise = self.draw(x)
+            noisy = clean if noise is None else clean + noise
             index = noisy.argmax(dim=-1)
-            chosen = probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            chosen = noisy.softmax(dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
             gate = chosen / chosen.detach() if self.gate == "value-preserving" else chosen
-        return Routing(index, gate, probs, noisy, clean)
+        return Routing(index, gate, noisy, clean)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, experts={self.experts}, gate={self.gate}"

@@ -11,6 +11,7 @@ from ops_checks import error, poisoned_outputs, random_codes
 
 from shiftaddvit.ops.adder import adder_linear
 from shiftaddvit.ops.conv_gelu import conv_gelu
+from shiftaddvit.ops.expert_sums import expert_sums
 from shiftaddvit.ops.layer_norm import layer_norm
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 from shiftaddvit.ops.matadd import key_value, pack_codes, query_context
@@ -279,6 +280,47 @@ def test_adder(tokens, inputs, outputs):
     exact.backward(grad.cpu().double())
     for name, mine, other in (("y", y, exact), ("x", ours[0].grad, theirs[0].grad), ("weight", ours[1].grad, theirs[1].grad)):
         assert error(mine, other) < 2e-6, name
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63, 197, 512, 50432, 802816])
+def test_expert_sums(tokens):
+    clean, grad = normal(tokens, 2), normal(2, 2)
+    logits = clean + normal(tokens, 2, scale=0.5)
+    ours = [t.clone().requires_grad_() for t in (logits, clean)]
+    theirs = [t.double().requires_grad_() for t in (logits, clean)]
+    with poisoned_outputs():
+        sums = expert_sums(*ours, backend="triton")
+        sums.backward(grad)
+    importance = theirs[0].softmax(-1).sum(0)
+    load = torch.special.ndtr((theirs[1] - theirs[0].flip(-1)) * 2).sum(0)
+    exact = torch.stack([importance, load])
+    exact.backward(grad.double())
+    for name, mine, other in (("sums", sums, exact), ("logits", ours[0].grad, theirs[0].grad), ("clean", ours[1].grad, theirs[1].grad)):
+        assert error(mine, other) < 2e-6, name
+    assert torch.equal(expert_sums(logits, clean), sums)
+
+
+def test_expert_sums_need_no_sync_and_run_in_a_graph():
+    logits, clean, grad = normal(3000, 2).requires_grad_(), normal(3000, 2).requires_grad_(), normal(2, 2)
+
+    def results():
+        sums = expert_sums(logits, clean)
+        return sums, *torch.autograd.grad(sums, (logits, clean), grad)
+
+    results()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = results()
+    for tensor in (logits, clean):
+        tensor.data.copy_(normal(3000, 2))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, results(), strict=True))
 
 
 def test_programmatic_launches_change_nothing():

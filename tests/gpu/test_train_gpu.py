@@ -6,7 +6,8 @@ import pytest
 import torch
 from train_runs import STEPS, TWO_STAGES, loader, model
 
-from shiftaddvit.layers import MoELinear
+from shiftaddvit.layers import MoELinear, Routing
+from shiftaddvit.losses import balance_loss
 from shiftaddvit.train import StageConfig, finetune
 from shiftaddvit.train.run_folder import read_log
 
@@ -96,3 +97,23 @@ def test_a_mixture_trained_by_its_kernels_equals_the_one_that_computes_every_exp
     torch.testing.assert_close(y, expected_y, rtol=2e-2, atol=2e-2)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() <= 2e-2 * b.norm()
+
+
+def test_the_balance_loss_is_the_same_on_gpu_and_cpu_and_needs_no_sync():
+    torch.manual_seed(0)
+    clean = [torch.randn(*shape, 2) for shape in ((64, 197), (3, 7, 7), (5000,))]
+    noisy = [tensor + torch.randn_like(tensor) / 2 for tensor in clean]
+    results = {}
+    for device in ("cpu", "cuda"):
+        leaves = [[tensor.clone().to(device).requires_grad_() for tensor in tensors] for tensors in (noisy, clean)]
+        records = {str(i): Routing(a.argmax(-1), torch.ones_like(a[..., 0]), a, b) for i, (a, b) in enumerate(zip(*leaves, strict=True))}
+        costs = {name: torch.tensor([3.0, 1.0 + int(name)], device=device) for name in records}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = balance_loss(records, costs)
+            gradients = torch.autograd.grad(loss, sum(leaves, []))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results[device] = [tensor.cpu() for tensor in (loss, *gradients)]
+    for found, expected in zip(results["cuda"], results["cpu"], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)

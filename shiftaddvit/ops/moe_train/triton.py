@@ -10,7 +10,7 @@ from .kernels import route_kernel, steps_kernel, weight_grad_kernel
 
 def forward(x: Tensor, router: Tensor, noise: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, K), router (2, K), noise (M, 2), weight (2, N, K), bias (2, N): output, logits, expert."""
-    (m, k), n = x.shape, weight.shape[1]
+    m, k = x.shape
     clean = torch.empty(m, 2, dtype=torch.float32, device=x.device)
     index = torch.empty(m, dtype=torch.int8, device=x.device)
     if m:
@@ -25,7 +25,7 @@ def backward(
     grad: Tensor, grad_clean: Tensor, x: Tensor, y: Tensor, clean: Tensor, index: Tensor, router: Tensor, noise: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of weight, bias and router one behind the other."""
-    (m, k), n = x.shape, weight.shape[1]
+    m, n = len(x), weight.shape[1]
     steps = torch.empty(m, 2, dtype=torch.float32, device=x.device)
     if m:
         block = 64
