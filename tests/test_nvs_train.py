@@ -11,11 +11,13 @@ from pathlib import Path
 import nvs_synthetic
 import pytest
 import torch
+from ops_checks import Capturable
 from torch import nn
 
 import shiftaddvit
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.moe import MoEConfig, MoELinear
+from shiftaddvit.layers.router import record_routing
 from shiftaddvit.layers.shift import ShiftLinear
 from shiftaddvit.nvs.batch import TrainingScene, draw_batch
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
@@ -28,10 +30,12 @@ from shiftaddvit.nvs.projector import Seen
 from shiftaddvit.nvs.rows import ROWS
 from shiftaddvit.nvs.scene import normalise
 from shiftaddvit.nvs.state import load_model, save_model
-from shiftaddvit.nvs.step import add_gradients
-from shiftaddvit.nvs.train import NvsTrainConfig, train
+from shiftaddvit.nvs.step import Balance, add_gradients
+from shiftaddvit.nvs.train import NvsTrainConfig, _Training, train
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.train.guard import NotFinite
+from shiftaddvit.train.latency import expert_costs
+from shiftaddvit.train.run_folder import RunFolder
 
 DENSE = ("feature_net", "rgbfeat_fc", "q_fcs", "pos_fc", "attn_fc", "rgb_fc", "norm")
 """The parts of GNT that no recipe touches."""
@@ -188,10 +192,23 @@ def test_chunks_of_a_step_change_no_gradient(scene):
     for chunk in (16, 5):
         model = tiny(config=replace(TINY, dropout=0.0)).eval()
         batch = draw_batch([one], 0, 0, 16, 3, 0)
-        add_gradients(model, batch, 0, "fp32", None, chunk)
+        add_gradients(model, batch, "fp32", None, chunk)
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("row", [None, "nerf", "gnt-add-shift-moe"])
+def test_a_step_can_be_recorded(scene, tmp_path, row):
+    model = NeRF(NeRFConfig(width=16, samples=6, fine_samples=6)).fit(scene) if row == "nerf" else tiny() if row is None else reparameterize(tiny(), row)
+    training = _Training(model.train(), [TrainingScene.of(scene, "cpu")], RunFolder(tmp_path), SHORT, "cpu")
+    training.optimizer = torch.optim.Adam(model.parameters(), fused=True)  # as on a GPU
+    batch = training._batch()
+    training._update(batch)
+    with Capturable(), record_routing(model) as records:
+        if expert_costs(model):
+            training.balance = Balance(records, expert_costs(model), 0.01)
+        training._update(batch)
 
 
 def test_running_out_of_memory_halves_the_chunk():

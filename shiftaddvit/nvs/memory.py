@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from shiftaddvit.errors import UserError
+from shiftaddvit.train.step_graph import recording
 
 # What one call may take of a CPU's memory: small enough to stay near its caches.
 CPU_BUDGET = 128 << 20
@@ -32,12 +33,13 @@ class Chunk:
     """Rays at once."""
 
     def attempt(self, work: Callable[[int], T]) -> T:
-        """`work(rays)`; when memory runs out, again with half as many. UserError when not even one ray fits."""
+        """`work(rays)`; when memory runs out, again with half as many. UserError when not even one ray fits. What is recorded as a CUDA graph
+        gets one attempt."""
         while True:
             try:
                 return work(self.rays)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not out_of_memory(error) or recording():
                     raise
             # Outside the handler, where the failed attempt's tensors are no longer referenced by its traceback.
             if self.rays == 1:

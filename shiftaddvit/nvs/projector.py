@@ -46,7 +46,7 @@ def look_up(points: Float[Tensor, "R S 3"], origin: Float[Tensor, "R 3"], source
         pixels, depth = project(points, sources.intrinsics, sources.poses)  # (V, R, S, 2), (V, R, S)
         height, width = sources.images.shape[-2:]
         mask = inside(pixels, depth, height, width)
-        grid = pixels * pixels.new_tensor([2 / (width - 1), 2 / (height - 1)]) - 1
+        grid = torch.stack([pixels[..., 0] * (2 / (width - 1)), pixels[..., 1] * (2 / (height - 1))], dim=-1) - 1
         values = F.grid_sample(sources.images, grid, align_corners=True)
         if sources.features is not None:
             values = torch.cat([values, F.grid_sample(sources.features.float(), grid, align_corners=True)], dim=1)

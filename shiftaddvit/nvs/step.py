@@ -35,13 +35,12 @@ def precision_context(device: torch.device | str, precision: str) -> AbstractCon
     return nullcontext()
 
 
-def add_gradients(model: nn.Module, batch: Batch, seed: int, precision: str, balance: Balance | None, chunk: int) -> Float[Tensor, ""]:
+def add_gradients(model: nn.Module, batch: Batch, precision: str, balance: Balance | None, chunk: int) -> Float[Tensor, ""]:
     """Add the gradients of the batch's mean squared error (and balance loss) to the parameters; returns the squared error, detached.
 
-    The feature net runs once and its gradient is gathered over the chunks. Everything random follows from `seed`, so a step that ran
-    out of memory can be repeated with a smaller chunk.
+    The feature net runs once and its gradient is gathered over the chunks. Whoever seeds before can repeat a step that ran out of memory
+    with a smaller chunk.
     """
-    torch.manual_seed(seed)
     device = batch.target.device
     sources, features = batch.sources, None
     if sources is not None:

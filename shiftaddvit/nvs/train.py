@@ -18,12 +18,13 @@ from shiftaddvit.train.latency import expert_costs
 from shiftaddvit.train.optim import parameter_groups
 from shiftaddvit.train.progress import TrainingProgress
 from shiftaddvit.train.run_folder import CHECKPOINT, MODEL, RunFolder, told_when_full
+from shiftaddvit.train.step_graph import StepGraph, recording
 
 from .batch import Batch, TrainingScene, draw_batch, step_seed
 from .card import ViewFacts
 from .check import HeldOut
 from .gnt import GNT
-from .memory import Chunk, first_chunk
+from .memory import Chunk, first_chunk, out_of_memory
 from .scene import Scene, check_sources
 from .state import kind_of, save_model
 from .step import Balance, add_gradients, measure_costs
@@ -94,6 +95,8 @@ class _Training:
         self.held_out = HeldOut.of(scenes[0].scene, device)
         self.step, self.seconds = 0, 0.0
         self.looked = TrainResult(0, 0.0, None, None)
+        note = lambda text: run.log({"event": "note", "note": text})  # noqa: E731
+        self.graph = StepGraph(self._update, self.optimizer, note, forms=1 + 2 * config.source_jitter) if config.cuda_graph else None
         self.balance: Balance | None = None
         if config.compile and not expert_costs(model):
             for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
@@ -151,17 +154,34 @@ class _Training:
         for group, lr in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = lr * factor
         batch = self._batch()
-        seed = step_seed(config.seed, self.step)
+        torch.manual_seed(step_seed(config.seed, self.step))
+        if self.graph is not None and self.graph.takes(batch):
+            try:
+                error = self.graph.run(batch)
+            except RuntimeError as failure:
+                if not out_of_memory(failure):
+                    raise
+                self.graph = None  # recorded steps keep their memory; without them there may be enough
+                return self._one_step()
+        else:
+            error = self._update(batch)
+        self.step += 1
+        return error
+
+    def _update(self, batch: Batch) -> torch.Tensor:
+        """Gradients, clipping, optimiser; the squared error."""
 
         def work(rays: int) -> torch.Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            return add_gradients(self.model, batch, seed, config.precision, self.balance, rays)
+            if not recording():
+                torch.manual_seed(step_seed(self.config.seed, self.step))
+            return add_gradients(self.model, batch, self.config.precision, self.balance, rays)
 
         error = self.chunk.attempt(work)
-        if config.clip_grad:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        if self.config.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
-        self.step += 1
+        self.optimizer.zero_grad(set_to_none=True)
         return error
 
     def _batch(self) -> Batch:

@@ -23,7 +23,7 @@ from .optim import make_optimizer
 from .position import Position, batches_from, step_seed
 from .progress import TrainingProgress
 from .step_graph import StepGraph
-from .update import Update
+from .update import Update, unwrapped
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Loop:
     def __init__(self, run: StageRun, model: nn.Module, update: Update, schedule, ema, steps: int):
         self.run_, self.model, self.update, self.schedule, self.ema = run, model, update, schedule, ema
         self.optimizer, self.steps = update.optimizer, steps
-        self.graph = StepGraph(update, lambda text: run.log({"event": "note", "note": text})) if run.config.cuda_graph else None
+        self.graph = self._graph() if run.config.cuda_graph else None
         self.losses: list[Tensor] = []
         self.first_loss_step = 0
         self.mean_loss = math.nan
@@ -100,6 +100,15 @@ class _Loop:
         self.images = 0
         self.since = time.monotonic()
         self.saved = time.monotonic()
+
+    def _graph(self) -> StepGraph:
+        accelerator, reason = self.run_.accelerator, None
+        if accelerator.num_processes > 1:
+            reason = "several processes share the work"
+        elif accelerator.scaler is not None:
+            reason = "fp16 gradients are scaled by a factor that the host decides"
+        note = lambda text: self.run_.log({"event": "note", "note": text})  # noqa: E731
+        return StepGraph(self.update.step, unwrapped(self.optimizer), note, reason)
 
     def run(self, position: Position, progress: TrainingProgress, asked: Callable[[], bool]) -> None:
         run, self.position = self.run_, position

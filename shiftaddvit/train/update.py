@@ -40,6 +40,12 @@ class Update:
         self.costs: Mapping[str, Tensor] = expert_costs(plain)
         self.clipped = clipped_parameters(plain)
 
+    def step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """All of it; the loss, detached."""
+        loss = self.loss(images, targets)
+        self.learn(loss)
+        return loss.detach()
+
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Forward: classification, distillation and balance."""
         config = self.config

@@ -13,11 +13,14 @@ from ops_checks import error, poisoned_outputs
 from shiftaddvit.nvs.engine import deploy_gnt
 from shiftaddvit.nvs.engine.steps import Target
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
+from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
 from shiftaddvit.nvs.render import make_renderer
 from shiftaddvit.nvs.rows import ROWS
 from shiftaddvit.nvs.scene import normalise
 from shiftaddvit.nvs.sources import Rays, camera_rays, encode_bank, make_bank
+from shiftaddvit.nvs.train import NvsTrainConfig, train
 from shiftaddvit.reparam import reparameterize
+from shiftaddvit.train.run_folder import read_log
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -154,3 +157,28 @@ def test_published_size_fits_a_chunk(scene):
     asked = question(model, scene, 2048)
     found = deploy_gnt(model, torch.bfloat16)(*asked)
     assert found.rgb.shape == (2048, 3) and torch.isfinite(found.rgb).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("row", [None, "nerf", "gnt-add-shift-moe"])
+def test_recorded_training_steps_are_steps(tmp_path, scene, row, precision):
+    """With as many forms of batches as there are numbers of source views, each recorded once."""
+    found = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        shape = GNTConfig(width=32, depth=2, samples=12, sources=4, feature_base=8, feature_channels=8)
+        model = NeRF(NeRFConfig(width=32, samples=12, fine_samples=12)).fit(scene) if row == "nerf" else GNT(shape)
+        if row == "gnt-add-shift-moe":
+            reparameterize(model, row)
+        config = NvsTrainConfig(
+            steps=24, rays=64, check_every=24, warmup_steps=4, source_jitter=1, precision=precision, measure_latency=False, cuda_graph=graph
+        )
+        train(model, [scene], tmp_path / str(graph), config, "cuda", show=False)
+        log = read_log(tmp_path / str(graph) / "log.jsonl")
+        found.append((log, {name: value.float().cpu() for name, value in model.state_dict().items()}))
+    notes = [[event["note"] for event in log if "note" in event] for log, _ in found]
+    assert notes == [["steps are recorded as a CUDA graph"], []]
+    losses = [next(event["train_psnr"] for event in log if "train_psnr" in event) for log, _ in found]
+    assert abs(losses[0] - losses[1]) < 0.05
+    for name, value in found[0][1].items():
+        assert error(value, found[1][1][name]) < 5e-2, name

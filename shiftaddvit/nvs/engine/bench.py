@@ -14,14 +14,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shiftaddvit.conditions import conditions
 from shiftaddvit.errors import UserError
 from shiftaddvit.files import write_json
 from shiftaddvit.ops.timing import ceilings, failure_noted
+from shiftaddvit.train.step_graph import StepGraph
 
-from ..batch import TrainingScene, draw_batch
+from ..batch import Batch, TrainingScene, draw_batch
 from ..gnt import GNT, GNTConfig
 from ..render import Renderer, make_renderer
 from ..rows import ROWS
@@ -94,11 +95,11 @@ def bench_rendering(plan: Plan, show: Callable[[str], None] = print, keep: Calla
     result["ratios"] = ratios(rows)
     show(str(result["ratios"]))
     result["training_step_ms"] = {}
-    for name, compile, needs in (("eager", False, 20.0), ("compiled", True, 150.0)):
+    for name, needs in (("eager", 20.0), ("graphed", 20.0), ("compiled", 150.0)):
         step: dict = {"status": "not run: out of time"}
         if time.monotonic() < end - needs:
             with failure_noted(step):
-                step = {"status": "measured", "ms": training_step(scene, plan, compile)}
+                step = {"status": "measured", "ms": training_step(scene, plan, name)}
         result["training_step_ms"][name] = step.get("ms")
         show(f"training step, {name}: " + (f"{step['ms']:.1f} ms" if "ms" in step else step["status"]))
         keep(result)
@@ -174,20 +175,34 @@ def _error(renderer: Renderer, model: nn.Module, precision: str) -> tuple[float,
     return tuple(float((one - truth).norm() / truth.norm()) for one in (found, usual))
 
 
-def training_step(scene: Scene, plan: Plan, compile: bool, rays: int = 2048, samples: int = 64, steps: int = 20) -> float:
-    """Milliseconds of a step of GNT as it is trained: 2048 rays, 64 points, the feature net on every source, Adam. Median."""
+def training_step(scene: Scene, plan: Plan, mode: str, rays: int = 2048, samples: int = 64, steps: int = 20) -> float:
+    """Milliseconds of a step of GNT as it is trained: 2048 rays, 64 points, the feature net on every source, Adam. Median.
+
+    `graphed` replays recorded steps, as training does; `compiled` does the same with torch.compile; `eager` launches every kernel.
+    """
     torch.manual_seed(plan.seed)
     model = GNT(GNTConfig(samples=samples, dropout=0.0)).to(DEVICE).train()
-    if compile:
+    if mode == "compiled":
         for part in (model.net_coarse, model.feature_net):
             part.compile()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=DEVICE == "cuda")
+
+    def update(batch: Batch) -> Tensor:
+        error = add_gradients(model, batch, plan.precision, None, rays)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return error
+
+    graph = StepGraph(update, optimizer, note=lambda text: None) if mode != "eager" else None
     scenes, taken = [TrainingScene.of(scene, DEVICE)], []
     for step in range(steps + 5):
         begin = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        add_gradients(model, draw_batch(scenes, step, plan.seed, rays, model.sources, 0), step, plan.precision, None, rays)
-        optimizer.step()
+        batch = draw_batch(scenes, step, plan.seed, rays, model.sources, 0)
+        torch.manual_seed(step)
+        if graph is not None and graph.takes(batch):
+            graph.run(batch)
+        else:
+            update(batch)
         wait()
         taken.append(time.perf_counter() - begin)
     return median(taken[5:]) * 1e3
