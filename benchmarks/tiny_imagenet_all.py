@@ -116,6 +116,7 @@ def jobs(groups: list[str]) -> list[Job]:
         found += [Job(recipe, recipe, seed) for seed in SEEDS for recipe in reversed(MAIN)]
     if "rest" in groups:
         found += [Job(recipe, recipe) for recipe in REST]
+        found += [Job(f"{row}-distil", recipe, 0, TRAINING["distil"]) for row, recipe in (("dense-ft", "dense"), ("ours-quant-moe", "ours-quant-moe"))]
     if "baselines" in groups:
         found += [Job(recipe, recipe) for recipe in BASELINES]
     return list(dict.fromkeys(found))
