@@ -31,6 +31,10 @@ from .step import Balance, add_gradients, measure_costs
 from .train_config import NvsTrainConfig
 
 
+MOST_GRAPHS = 24
+"""Recorded steps: one for every scene and number of source views, each with its inputs; batches beyond them run as they are."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """Where a run ended."""
@@ -96,7 +100,8 @@ class _Training:
         self.step, self.seconds = 0, 0.0
         self.looked = TrainResult(0, 0.0, None, None)
         note = lambda text: run.log({"event": "note", "note": text})  # noqa: E731
-        self.graph = StepGraph(self._update, self.optimizer, note, forms=1 + 2 * config.source_jitter) if config.cuda_graph else None
+        forms = min(MOST_GRAPHS, len(scenes) * (1 + 2 * config.source_jitter))
+        self.graph = StepGraph(self._update, self.optimizer, note, forms=forms) if config.cuda_graph else None
         self.balance: Balance | None = None
         if config.compile and not expert_costs(model):
             for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
