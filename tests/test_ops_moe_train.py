@@ -84,6 +84,19 @@ def test_no_tokens_and_one_expert_for_all(backend):
         assert (index == one).all() and weight.grad[1 - one].abs().sum() == 0 and bias.grad[one].eq(40).all() and bias.grad[1 - one].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_token_and_reaches_the_weights(value, backend):
+    x, router, noise, weight, bias = leaves(problem(20))
+    x.data[3, 5] = value
+    y, _, _ = moe_train(x, router, noise, weight, bias, backend=backend)
+    y.sum().backward()
+    finite = torch.isfinite(y).all(dim=1)
+    assert not finite[3] and finite.sum() == 19
+    assert not torch.isfinite(weight.grad[:, :, 5]).any() and not torch.isfinite(router.grad[:, 5]).any()
+    assert torch.isfinite(x.grad[finite]).all() and torch.isfinite(bias.grad).all()
+
+
 def test_equal_logits_go_to_the_first():
     x, _, _, weight, bias = problem(8)
     for backend in BACKENDS:

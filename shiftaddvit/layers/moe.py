@@ -61,17 +61,12 @@ class _Mixture(nn.Module):
             return self.experts[0](x)
         x = as_computed(x)
         routing = self.router(x)
-        output = self.routed(x, routing)
-        if self.config.gate == "paper":
-            return output * routing.gate.unsqueeze(-1).to(output.dtype)
-        return attach_gate(output, routing.gate) if torch.is_grad_enabled() else output  # the gate is exactly one
-
-    def routed(self, x: Tensor, routing: Routing) -> Tensor:
-        """Each token's expert on it, before the gate."""
         output = self.experts[0](x)
         for number, expert in enumerate(self.experts[1:], start=1):
             output = torch.where((routing.index == number).unsqueeze(-1), expert(x), output)
-        return output
+        if self.config.gate == "paper":
+            return output * routing.gate.unsqueeze(-1).to(output.dtype)
+        return attach_gate(output, routing.gate) if torch.is_grad_enabled() else output  # the gate is exactly one
 
 
 class MoELinear(_Mixture):
@@ -92,7 +87,7 @@ class MoELinear(_Mixture):
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         rows = as_computed(x)
         if not self.trains_by_kernel(rows):
-            return super().forward(x)
+            return super().forward(rows)
         noise = self.router.draw(rows)
         weight = torch.stack([expert.weight.to(rows.dtype) for expert in self.experts])
         biases = [expert.bias for expert in self.experts]

@@ -67,6 +67,12 @@ def same_device(**tensors: Tensor | None) -> torch.device:
     return first.device
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x (*tokens, channels) as (M, channels) whose channels lie side by side, as kernels read it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def _why_no_triton(x: Tensor) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"

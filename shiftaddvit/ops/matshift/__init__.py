@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError, unknown
 
-from ..backends import Backend, choose_backend, same_device
+from ..backends import Backend, as_rows, choose_backend, same_device
 from . import cpu, formats, reference
 
 _HAS = ("reference", "triton", "cpu")
@@ -38,7 +38,7 @@ def matshift(
     `activation` is `none` or `gelu`. Differentiable in x, bias and an expanded weight; not in packed codes nor in scale.
     """
     _check(x, weight, bias, scale, bits, activation)
-    y = torch.ops.shiftaddvit.matshift(_rows(x), weight.contiguous(), scale, bias, bits, activation, backend)
+    y = torch.ops.shiftaddvit.matshift(as_rows(x), weight.contiguous(), scale, bias, bits, activation, backend)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -66,14 +66,9 @@ def matshift_int8(
         raise UserError(f"w_scale must have {weight.shape[0]} elements, got {tuple(w_scale.shape)}")
     _check(x, weight, bias, None, 0, activation)
     y = torch.ops.shiftaddvit.matshift_int8(
-        _rows(x), x_scale.float().reshape(-1), weight.contiguous(), w_scale.float(), bias, out_scale, activation, out_dtype, backend
+        as_rows(x), x_scale.float().reshape(-1), weight.contiguous(), w_scale.float(), bias, out_scale, activation, out_dtype, backend
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, bits: int, activation: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError, unknown
 
-from ..backends import Backend, choose_backend, same_device
+from ..backends import Backend, as_rows, choose_backend, same_device
 from . import reference
 
 Dispatch = Literal["auto", "dual", "partition"]
@@ -44,7 +44,7 @@ def moe_linear(
         if tensor is not None and tensor.shape != tokens:
             raise UserError(f"{name} must be {tuple(tokens)}, got {tuple(tensor.shape)}")
     y = torch.ops.shiftaddvit.moe_linear(
-        _rows(x), index.reshape(-1), gate.reshape(-1) if gate is not None else None, weight.contiguous(), bias, dispatch, backend
+        as_rows(x), index.reshape(-1), gate.reshape(-1) if gate is not None else None, weight.contiguous(), bias, dispatch, backend
     )
     return y.reshape(*tokens, weight.shape[1])
 
@@ -62,7 +62,7 @@ def routed_linear(
     if router.shape != (weight.shape[0], x.shape[-1]):
         raise UserError(f"router must be ({weight.shape[0]}, {x.shape[-1]}), got {tuple(router.shape)}")
     same_device(x=x, router=router, weight=weight, bias=bias)
-    y, choice = torch.ops.shiftaddvit.routed_linear(_rows(x), router, weight.contiguous(), bias, dispatch, backend)
+    y, choice = torch.ops.shiftaddvit.routed_linear(as_rows(x), router, weight.contiguous(), bias, dispatch, backend)
     return y.reshape(*x.shape[:-1], weight.shape[1]), choice.reshape(x.shape[:-1])
 
 
@@ -70,11 +70,6 @@ def expert_load(choice: Int[Tensor, "*tokens"], experts: int = 2) -> Int32[Tenso
     """How many tokens went to each expert, counted on the device."""
     ids = torch.arange(experts, device=choice.device, dtype=choice.dtype)
     return (choice.reshape(-1, 1) == ids).sum(0, dtype=torch.int32)
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dispatch: str, backend: str) -> None:

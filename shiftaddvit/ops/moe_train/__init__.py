@@ -3,6 +3,8 @@ compute together, forward and backward, in few launches and without a host sync.
 
 With z = x W_rᵀ + noise and p = softmax(z), each token takes expert e = argmax z; its gate p_e / stopgrad(p_e) is one, and gives the
 router its gradient: ∂L/∂z_e = −∂L/∂z_other = ⟨∂L/∂y, y⟩ · (1 − p_e).
+
+A token that is not finite stays alone forward; backward it reaches the weights of both experts. Such a step is not to be taken anyway.
 """
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from shiftaddvit.errors import UserError
 
-from ..backends import Backend, choose_backend, same_device
+from ..backends import Backend, as_rows, choose_backend, same_device
 from . import reference
 
 __all__ = ["moe_train"]
@@ -40,17 +42,12 @@ def moe_train(
         if tensor is not None and tensor.dtype != torch.float32:
             raise UserError(f"{name} must be float32, got {tensor.dtype}")
     same_device(x=x, router=router, noise=noise, weight=weight, bias=bias)
-    rows = _rows(x)
+    rows = as_rows(x)
     y, clean, index = torch.ops.shiftaddvit.moe_train(
         rows, router.contiguous(), noise.reshape(-1, 2).contiguous() if noise is not None else None, weight.contiguous(),
         bias.contiguous() if bias is not None else None, backend,
     )  # fmt: skip
     return y.reshape(*tokens, weight.shape[1]), clean.reshape(*tokens, 2), index.reshape(tokens)
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 @torch.library.custom_op(
@@ -109,7 +106,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, grad_clean, _):
     x, y, clean, index, router, noise, weight = ctx.saved_tensors
     to_x, sums = torch.ops.shiftaddvit.moe_train_backward(
-        _rows(grad), grad_clean.contiguous(), x, y, clean, index, router, noise, weight, ctx.backend
+        as_rows(grad), grad_clean.contiguous(), x, y, clean, index, router, noise, weight, ctx.backend
     )
     to_weight, to_bias, to_router = sums.split(_sizes(weight))
     to_bias = to_bias.view(weight.shape[:2]).to(ctx.bias_dtype) if ctx.bias_dtype is not None else None

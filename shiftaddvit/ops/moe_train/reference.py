@@ -25,9 +25,8 @@ def backward(
     step = (grad.float() * y.float()).sum(1, keepdim=True) * torch.sigmoid(-_lead(clean, noise).abs()).unsqueeze(1)
     steps = grad_clean + torch.where(second, torch.cat([-step, step], 1), torch.cat([step, -step], 1))
     to_x = experts.moe_linear(grad.float(), index, None, weight.float().transpose(1, 2), None) + steps @ router
-    # where and not a product: what is not finite in one expert's rows must not reach the other's weight.
     parts = [torch.where(second == expert, grad.float(), 0) for expert in (False, True)]
-    to_weight = torch.stack([part.t() @ torch.where(second == expert, x.float(), 0) for expert, part in zip((False, True), parts, strict=True)])
+    to_weight = torch.stack([part.t() @ x.float() for part in parts])
     to_bias = torch.stack([part.sum(0) for part in parts])
     return to_x.to(x.dtype), torch.cat([to_weight.flatten(), to_bias.flatten(), (steps.t() @ x.float()).flatten()])
 
