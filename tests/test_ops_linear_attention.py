@@ -100,8 +100,11 @@ def test_an_image_does_not_see_its_batch_mates(backend):
     others = torch.randn(3, 50, 32) * 9
     others[1] = x[1]
     assert torch.equal(together[1], fused(others, norm, attention, backend)[1])
-    # Alone its rows lie elsewhere in a tile, and the interpreter's products round by place.
+    # Alone its rows lie elsewhere in a tile, and the interpreter's products round by place ...
     torch.testing.assert_close(together[1:2], fused(x[1:2].contiguous(), norm, attention, backend), rtol=1e-5, atol=1e-6)
+    # ... unless it fills whole tiles.
+    x = torch.randn(3, 128, 32)
+    assert torch.equal(fused(x, norm, attention, backend)[1:2], fused(x[1:2].contiguous(), norm, attention, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

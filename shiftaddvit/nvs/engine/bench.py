@@ -178,7 +178,7 @@ def _error(renderer: Renderer, model: nn.Module, precision: str) -> tuple[float,
 def training_step(scene: Scene, plan: Plan, mode: str, rays: int = 2048, samples: int = 64, steps: int = 20) -> float:
     """Milliseconds of a step of GNT as it is trained: 2048 rays, 64 points, the feature net on every source, Adam. Median.
 
-    `graphed` replays recorded steps, as training does; `compiled` does the same with torch.compile; `eager` launches every kernel.
+    `graphed` replays recorded steps, as `cuda_graph` does; `compiled` does the same with torch.compile; `eager` launches every kernel.
     """
     torch.manual_seed(plan.seed)
     model = GNT(GNTConfig(samples=samples, dropout=0.0)).to(DEVICE).train()
