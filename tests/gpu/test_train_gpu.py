@@ -6,7 +6,7 @@ import pytest
 import torch
 from train_runs import STEPS, TWO_STAGES, loader, model
 
-from shiftaddvit.layers import MoELinear, Routing
+from shiftaddvit.layers import MoEConfig, MoELinear, Routing
 from shiftaddvit.losses import balance_loss
 from shiftaddvit.train import StageConfig, finetune
 from shiftaddvit.train.run_folder import read_log
@@ -91,6 +91,7 @@ def test_a_mixture_trained_by_its_kernels_equals_the_one_that_computes_every_exp
         return y, torch.autograd.grad(y, (x, *layer.parameters()), upstream.to(y.dtype))
 
     assert layer.trains_by_kernel(x.to(dtype)) and not layer.trains_by_kernel(x)
+    assert not MoELinear.from_linear(torch.nn.Linear(4, 4), MoEConfig(gate="paper")).cuda().trains_by_kernel(x.to(dtype))
     y, found = results()
     monkeypatch.setattr(MoELinear, "trains_by_kernel", lambda self, x: False)
     expected_y, expected = results()
