@@ -69,6 +69,7 @@ REST = (
     "pvt-moe", "ecoformer", "ours-ksh-linear", "ours-ksh-add", "ours-ksh-add-shift", "ours-ksh-add-shift-moe", "ours-ksh-moe",
     "attn-shift-add", "mlp-shift", "mlp-moe",
 )  # fmt: skip
+ADDERS = ("shiftaddnet", "addernet", "adder-attention")
 BASELINES = ("shiftaddnet", "addernet", "adder-attention", "ecoformer", "performer", "deepshift-ps", "deepshift-q", "sra-linear")
 
 
@@ -142,16 +143,16 @@ def run(args: argparse.Namespace) -> None:
     if mixtures:
         subprocess.run([*_script("profile"), "--arch", args.arch, "--recipe", *mixtures], env=_environment(args.gpus[0]), check=True, stdout=subprocess.DEVNULL)
     running: dict[tuple[str, int], tuple[Job, subprocess.Popen, float]] = {}
-    slots, longest = [(gpu, place) for place in range(args.at_once) for gpu in args.gpus], 0.0
-    while (running and time.monotonic() < end) or (waiting and time.monotonic() + longest < end):
+    slots, longest = [(gpu, place) for place in range(args.at_once) for gpu in args.gpus], {}
+    while time.monotonic() < end and (running or _next(waiting, longest, end)):
         for slot in slots:
             if slot in running and running[slot][1].poll() is not None:
                 job, process, since = running.pop(slot)
-                longest = max(longest, 1.1 * (time.monotonic() - since))
+                longest[_kind(job)] = max(longest.get(_kind(job), 0.0), 1.1 * (time.monotonic() - since))
                 _report(args, job, process.returncode, time.monotonic() - since)
                 keep(args)
-            if slot not in running and waiting and time.monotonic() + longest < end:
-                job = waiting.pop(0)
+            if slot not in running and (job := _next(waiting, longest, end)):
+                waiting.remove(job)
                 with _log(args, job).open("w") as log:
                     process = subprocess.Popen(job.command(args), env=_environment(slot[0]), stdout=log, stderr=subprocess.STDOUT)
                 running[slot] = job, process, time.monotonic()
@@ -160,6 +161,16 @@ def run(args: argparse.Namespace) -> None:
         process.kill()
     missing = [job for job in jobs(args.group) if not (job.folder(args) / "result.json").exists()]
     print(f"{len(missing)} rows are left: run the same command again" if missing else "all rows are done")
+
+
+def _next(waiting: list[Job], longest: dict[str, float], end: float) -> Job | None:
+    """The first row that is done by then, going by the longest of its kind so far."""
+    return next((job for job in waiting if time.monotonic() + longest.get(_kind(job), 0.0) < end), None)
+
+
+def _kind(job: Job) -> str:
+    """Rows that take about as long: mixtures, layers of adders, others."""
+    return "mixture" if job.recipe.endswith("moe") else "adder" if job.recipe in ADDERS else "other"
 
 
 def pretrained(args: argparse.Namespace, end: float) -> bool:
@@ -234,7 +245,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where results and dense weights go after every row")
     parser.add_argument("--gpus", nargs="+", default=["0"])
     parser.add_argument("--at-once", type=int, default=5, help="runs at a time on each GPU")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no row that would end later, going by the longest so far; stop what still runs then")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no row that would end later, going by the longest of its kind so far; stop what still runs then")
     args = parser.parse_args()
     if {"forms", "finals", "training"} & set(args.group) and args.split != "dev":
         parser.error("forms and ways to train are compared on the dev split: the validation images are for the table")
