@@ -25,6 +25,7 @@ from shiftaddvit.evaluation import evaluate
 from shiftaddvit.models import load_pretrained
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.reparam.architecture import create_model
+from shiftaddvit.reparam.calibrate import calibrate, needs_calibration
 from shiftaddvit.serialization import load, round_dense, save
 from shiftaddvit.train import FinetuneConfig, StageConfig, finetune, pretraining
 from shiftaddvit.train.latency import measure_expert_latency
@@ -107,7 +108,7 @@ def row(args: argparse.Namespace) -> None:
     train, val = loaders(args, args.split, FINETUNE_AUGMENT, device)
     first, second = args.epochs
     rate = args.lr or RATES.get(args.arch, 2.5e-4)
-    stages = (StageConfig("attention", first, lr=rate), StageConfig("all", second, lr=args.lr2 or rate))
+    stages = (StageConfig("attention", first, lr=rate), StageConfig("all", second, lr=args.lr2 or rate, compile=False if args.recipe.endswith("moe") else None))
     config = FinetuneConfig(
         stages=stages, seed=args.seed, precision="bf16" if device == "cuda" else "no", evaluate_every=0, shift_lr_scale=args.shift_lr,
         adder_lr_scale=args.adder_lr,
@@ -124,7 +125,11 @@ def profile(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for recipe in args.recipe:
         model = reparameterize(create_model(args.arch, MODELS[args.arch]), recipes[recipe]).to(device)
-        for name, seconds in measure_expert_latency(model, torch.randn(args.batch, 3, SIZE, SIZE, device=device)).items():
+        side = MODELS[args.arch].get("img_size", SIZE)
+        images = torch.randn(args.batch, 3, side, side, device=device)
+        if needs_calibration(model):
+            calibrate(model, images[:8])
+        for name, seconds in measure_expert_latency(model, images).items():
             print(recipe, name, " ".join(f"{1e6 * second:.0f} us" for second in seconds), flush=True)
 
 
@@ -154,7 +159,7 @@ def main() -> None:
         command.add_argument("out", type=Path)
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--lr", type=float, default=1e-3 if name == "pretrain" else None)
-        command.add_argument("--compile", action="store_true")
+        command.add_argument("--compile", action="store_true", help="but no stage with mixtures, which takes longer to compile than to train")
         if name == "pretrain":
             command.add_argument("--epochs", type=int, default=300)
             command.add_argument("--start", type=Path, help="foundation weights to start from instead of random ones")

@@ -113,9 +113,9 @@ class NeRF(nn.Module):
         if self.training and self.config.noise > 0:
             density = density + torch.randn_like(density) * self.config.noise
         step = torch.cat([t[:, 1:] - t[:, :-1], torch.full_like(t[:, :1], 1e10)], dim=-1) * direction.norm(dim=-1, keepdim=True)
-        alpha = 1 - torch.exp(-F.relu(density) * step)
-        clear = torch.cumprod(torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + 1e-10], dim=-1), dim=-1)[:, :-1]
-        weights = alpha * clear
+        absorbed = F.relu(density) * step
+        before = torch.cat([torch.zeros_like(absorbed[:, :1]), absorbed[:, :-1]], dim=-1).cumsum(dim=-1)
+        weights = (1 - torch.exp(-absorbed)) * torch.exp(-before)  # sums: the gradient of a product of factors waits for the device
         return (weights.unsqueeze(-1) * color).sum(dim=1), weights
 
     def _depth(self, t: Float[Tensor, "R S"], rays: Rays) -> Float[Tensor, "R S"]:

@@ -23,6 +23,8 @@ class StageConfig:
     """Where the warm-up starts (at a batch of 512)."""
     min_lr: float = 1e-6
     """Where the cosine ends (at a batch of 512)."""
+    compile: bool | None = None
+    """torch.compile the model in this stage; None does as the run does. Mixtures take minutes to compile."""
 
     def __post_init__(self) -> None:
         if self.primitives not in ("dense", "attention", "all"):

@@ -74,7 +74,7 @@ def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Mod
         model, optimizer = accelerator.prepare(run.model, optimizer)
         if state and state.get("scaler") and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        if config.compile:
+        if config.compile if stage.compile is None else stage.compile:
             model = torch.compile(model)
         update = Update(model, run.model, optimizer, routing, config, accelerator, run.teacher)
         loop = _Loop(run, model, update, schedule, ema, steps)

@@ -162,9 +162,10 @@ def test_published_size_fits_a_chunk(scene):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("row", [None, "nerf", "gnt-add-shift-moe"])
 def test_recorded_training_steps_are_steps(tmp_path, scene, row, precision):
-    """With as many forms of batches as there are numbers of source views, each recorded once."""
+    """With as many forms of batches as there are numbers of source views, each recorded once. Sums of gradients of looked-up features come
+    in any order on a GPU, and Adam makes whole steps of what is almost zero: two runs that record nothing say by how much that differs."""
     found = []
-    for graph in (True, False):
+    for number, graph in enumerate((True, False, False)):
         torch.manual_seed(0)
         shape = GNTConfig(width=32, depth=2, samples=12, sources=4, feature_base=8, feature_channels=8)
         model = NeRF(NeRFConfig(width=32, samples=12, fine_samples=12)).fit(scene) if row == "nerf" else GNT(shape)
@@ -173,12 +174,15 @@ def test_recorded_training_steps_are_steps(tmp_path, scene, row, precision):
         config = NvsTrainConfig(
             steps=24, rays=64, check_every=24, warmup_steps=4, source_jitter=1, precision=precision, measure_latency=False, cuda_graph=graph
         )
-        train(model, [scene], tmp_path / str(graph), config, "cuda", show=False)
-        log = read_log(tmp_path / str(graph) / "log.jsonl")
-        found.append((log, {name: value.float().cpu() for name, value in model.state_dict().items()}))
+        start = {name: value.clone() for name, value in model.named_parameters()}
+        train(model, [scene], tmp_path / str(number), config, "cuda", show=False)
+        log = read_log(tmp_path / str(number) / "log.jsonl")
+        found.append((log, torch.cat([(value.detach().cpu() - start[name].cpu()).flatten() for name, value in model.named_parameters()])))
     notes = [[event["note"] for event in log if "note" in event] for log, _ in found]
-    assert notes == [["steps are recorded as a CUDA graph"], []]
+    assert notes == [["steps are recorded as a CUDA graph"], [], []]
     losses = [next(event["train_psnr"] for event in log if "train_psnr" in event) for log, _ in found]
     assert abs(losses[0] - losses[1]) < 0.05
-    for name, value in found[0][1].items():
-        assert error(value, found[1][1][name]) < 5e-2, name
+    (_, recorded), (_, eager), (_, again) = found
+    noise = error(again, eager)
+    print(row, precision, "recorded", error(recorded, eager), "again", noise)
+    assert noise < 0.5 and error(recorded, eager) < 1.5 * noise + 1e-3
