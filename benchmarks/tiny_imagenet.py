@@ -108,7 +108,8 @@ def row(args: argparse.Namespace) -> None:
     train, val = loaders(args, args.split, FINETUNE_AUGMENT, device)
     first, second = args.epochs
     rate = args.lr or RATES.get(args.arch, 2.5e-4)
-    stages = (StageConfig("attention", first, lr=rate), StageConfig("all", second, lr=args.lr2 or rate, compile=False if args.recipe.endswith("moe") else None))
+    how = "attention" if args.compile and args.recipe.endswith("moe") else None
+    stages = (StageConfig("attention", first, lr=rate), StageConfig("all", second, lr=args.lr2 or rate, compile=how))
     config = FinetuneConfig(
         stages=stages, seed=args.seed, precision="bf16" if device == "cuda" else "no", evaluate_every=0, shift_lr_scale=args.shift_lr,
         adder_lr_scale=args.adder_lr,
@@ -159,7 +160,7 @@ def main() -> None:
         command.add_argument("out", type=Path)
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--lr", type=float, default=1e-3 if name == "pretrain" else None)
-        command.add_argument("--compile", action="store_true", help="but no stage with mixtures, which takes longer to compile than to train")
+        command.add_argument("--compile", action="store_true", help="of a stage with mixtures attention alone: the rest would take longer to compile than to train")
         if name == "pretrain":
             command.add_argument("--epochs", type=int, default=300)
             command.add_argument("--start", type=Path, help="foundation weights to start from instead of random ones")

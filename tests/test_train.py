@@ -196,6 +196,26 @@ def test_mixed_precision_leaves_no_trace_on_the_model(tmp_path):
     finetune(model(), loader(), None, replace(config, precision="no"), show=False)  # another precision in the same process
 
 
+def test_attention_alone_can_be_compiled(tmp_path, monkeypatch):
+    """The first stage compiles nothing, the second attention alone, while it trains alone; the weights are those of a run without."""
+    compile_, ran = torch.compile, []
+
+    def watched(function, **options):
+        fast = compile_(function, backend="aot_eager", **options)
+        return lambda *args: (ran.append(torch.is_grad_enabled()), fast(*args))[1]
+
+    monkeypatch.setattr(torch, "compile", watched)
+    plain, fast = model("ours-quant-moe"), model("ours-quant-moe")
+    first, second = TWO_STAGES.stages
+    finetune(plain, loader(), loader(False), TWO_STAGES, output=tmp_path / "plain", show=False)
+    assert not ran
+    config = replace(TWO_STAGES, stages=(first, replace(second, compile="attention")))
+    finetune(fast, loader(), loader(False), config, output=tmp_path / "fast", show=False)
+    assert len(ran) == 2 * STEPS and all(ran)
+    assert "attend" not in vars(fast.blocks[0].attn)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain.state_dict().values(), fast.state_dict().values(), strict=True))
+
+
 def test_hashes_are_calibrated_before_the_first_step(tmp_path):
     recipe = Recipe.from_dict({"attention": "linear", "add": "ksh", "hash": {"steps": 2, "anchors": 5, "bits": 4}})
     built = model(recipe)
@@ -277,7 +297,7 @@ def test_every_step_has_a_seed_of_its_own():
     assert len(seeds) == 3 * 3 * 4 * 7 * 3
 
 
-@pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"stages": ()}, {"distill_weight": 2.0}])
+@pytest.mark.parametrize("changes", [{"precision": "fp8"}, {"stages": ()}, {"distill_weight": 2.0}, {"compile": "all"}])
 def test_wrong_settings_are_named(changes):
     with pytest.raises(UserError, match=next(iter(changes)).rstrip("s")):
         FinetuneConfig(**changes)

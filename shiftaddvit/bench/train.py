@@ -1,7 +1,7 @@
 """Time and memory of a training step: the product's own loop (`finetune`) on random images, dense and converted.
 
 `eager` launches every kernel of every step; `graphed` records a step and replays it (`cuda_graph`); `compiled` does the same
-with `torch.compile`. Without a GPU `graphed` is `eager`.
+with `torch.compile`, `attention` compiles converted attention alone. Without a GPU `graphed` is `eager`.
 """
 
 import math
@@ -24,7 +24,7 @@ from shiftaddvit.reparam.architecture import create_model
 from shiftaddvit.train import FinetuneConfig, StageConfig, finetune
 from shiftaddvit.train.run_folder import read_log
 
-MODES = ("eager", "graphed", "compiled")
+MODES = ("eager", "graphed", "attention", "compiled")
 """Ways to run the same step."""
 SAME_LOSS = 0.02
 """All modes must reach the same loss after the same steps, to this share of it."""
@@ -66,8 +66,9 @@ class TrainPlan:
 
     def config(self, mode: str) -> FinetuneConfig:
         """How a row trains: one stage that ends with the last batch. UserError for a precision that there is not."""
+        how = {"compiled": True, "attention": "attention"}.get(mode, False)
         return FinetuneConfig(
-            stages=(StageConfig("all", 1, lr=1e-5, warmup_epochs=0),), precision=self.precision, compile=mode == "compiled",
+            stages=(StageConfig("all", 1, lr=1e-5, warmup_epochs=0),), precision=self.precision, compile=how,
             cuda_graph=mode != "eager", evaluate_every=0,
             log_every=self.warmup + self.steps, checkpoint_minutes=1e6, cost="equal", seed=self.seed,
         )  # fmt: skip

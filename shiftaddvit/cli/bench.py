@@ -115,7 +115,7 @@ def train(
 
     chosen = ("dense", *_converted(recipe, ("ours-quant-moe",) if quick else TrainPlan.recipes))
     plan = TrainPlan(
-        _named(models), chosen, MODES if compiled else MODES[:-1], batch_size, image_size, precision,
+        _named(models), chosen, MODES if compiled else MODES[:2], batch_size, image_size, precision,
         steps=15 if quick else 30, minutes=4.0 if quick else 20.0,
     )  # fmt: skip
     result = bench_training(plan, show=typer.echo, keep=keep)

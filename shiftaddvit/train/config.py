@@ -5,6 +5,8 @@ from typing import Literal
 
 from shiftaddvit.errors import UserError
 
+from .compiling import Compile, check_compile
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -23,14 +25,15 @@ class StageConfig:
     """Where the warm-up starts (at a batch of 512)."""
     min_lr: float = 1e-6
     """Where the cosine ends (at a batch of 512)."""
-    compile: bool | None = None
-    """torch.compile the model in this stage; None does as the run does. Mixtures take minutes to compile."""
+    compile: Compile | None = None
+    """What to compile in this stage; None does as the run does."""
 
     def __post_init__(self) -> None:
         if self.primitives not in ("dense", "attention", "all"):
             raise UserError(f"stage primitives must be 'dense', 'attention' or 'all', got {self.primitives!r}")
         if self.epochs < 1 or self.lr <= 0:
             raise UserError(f"a stage needs at least one epoch and a positive lr, got epochs={self.epochs}, lr={self.lr}")
+        check_compile(self.compile)
 
     @property
     def label(self) -> str:
@@ -67,8 +70,8 @@ class FinetuneConfig:
     """Decay of an exponential moving average of the weights, which then is the result; None is none."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision, by accelerate."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: Compile = False
+    """torch.compile the model, or "attention": the formulas of converted attention alone, for mixtures, which take minutes to compile."""
     cuda_graph: bool = True
     """On one GPU, record a step once and replay it: the same numbers, without the time that launching takes. Where a step cannot be
     recorded it runs as it is, and the log says why."""
@@ -90,6 +93,7 @@ class FinetuneConfig:
             raise UserError(f"precision must be 'no', 'fp16' or 'bf16', got {self.precision!r}")
         if self.cost not in ("latency", "energy", "equal"):
             raise UserError(f"cost must be 'latency', 'energy' or 'equal', got {self.cost!r}")
+        check_compile(self.compile)
         if not self.stages:
             raise UserError("a run needs at least one stage")
         if not 0 <= self.distill_weight <= 1:

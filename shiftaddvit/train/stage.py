@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shiftaddvit.layers.router import record_routing
 
+from .compiling import compiled
 from .config import FinetuneConfig, StageConfig
 from .guard import NotFinite, first_broken_layer
 from .interrupt import Interrupted, deferred_interrupt
@@ -74,13 +75,13 @@ def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Mod
         model, optimizer = accelerator.prepare(run.model, optimizer)
         if state and state.get("scaler") and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        if config.compile if stage.compile is None else stage.compile:
-            model = torch.compile(model)
-        update = Update(model, run.model, optimizer, routing, config, accelerator, run.teacher)
-        loop = _Loop(run, model, update, schedule, ema, steps)
-        total, done = stage.epochs * steps, position.epoch * steps + position.step
-        with TrainingProgress(f"stage {position.stage + 1} ({stage.label})", total, done, run.show) as progress, deferred_interrupt() as asked:
-            loop.run(position, progress, asked)
+        how = config.compile if stage.compile is None else stage.compile
+        with compiled(run.model, model, how) as fast:
+            update = Update(fast, run.model, optimizer, routing, config, accelerator, run.teacher)
+            loop = _Loop(run, fast, update, schedule, ema, steps)
+            total, done = stage.epochs * steps, position.epoch * steps + position.step
+            with TrainingProgress(f"stage {position.stage + 1} ({stage.label})", total, done, run.show) as progress, deferred_interrupt() as asked:
+                loop.run(position, progress, asked)
     accelerator.free_memory()
     return ema.module if ema is not None else run.model
 
