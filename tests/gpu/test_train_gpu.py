@@ -59,6 +59,13 @@ def test_recorded_steps_train_as_others_do(tmp_path, recipe, precision):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("recipe", ["ours-quant-moe", "ecoformer"])
+def test_recorded_steps_with_attention_compiled_train_as_others_do(tmp_path, recipe):
+    found = run(tmp_path / "fast", recipe, Cycle(), precision="bf16", compile="attention")
+    assert set(found[1]) == {RECORDED}
+    assert_same(found, run(tmp_path / "plain", recipe, Cycle(), precision="bf16", cuda_graph=False))
+
+
 def test_a_batch_of_another_size_runs_as_it_is(tmp_path):
     found = run(tmp_path / "graph", "ours-quant-moe", Cycle(odd=True))
     assert set(found[1]) == {RECORDED}
