@@ -113,7 +113,7 @@ def row(args: argparse.Namespace) -> None:
     config = FinetuneConfig(
         stages=stages, seed=args.seed, precision="bf16" if device == "cuda" else "no", evaluate_every=0, shift_lr_scale=args.shift_lr,
         adder_lr_scale=args.adder_lr,
-        distill_weight=args.distill, checkpoint_minutes=60, compile=args.compile,
+        distill_weight=args.distill, balance_weight=args.balance, checkpoint_minutes=60, compile=args.compile,
     )  # fmt: skip
     output = args.out / f"{args.arch}-{args.name or args.recipe}-s{args.seed}"
     result = finetune(model, train, val, config, output=output, overwrite=True, teacher=teacher)
@@ -173,6 +173,7 @@ def main() -> None:
         command.add_argument("--lr2", type=float, default=None)
         command.add_argument("--shift-lr", type=float, default=10.0)
         command.add_argument("--adder-lr", type=float, default=FinetuneConfig().adder_lr_scale)
+        command.add_argument("--balance", type=float, default=FinetuneConfig().balance_weight)
         command.add_argument("--distill", type=float, default=0.0)
         command.add_argument("--split", choices=("dev", "val"), default="dev")
     args = parser.parse_args()

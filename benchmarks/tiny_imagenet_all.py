@@ -23,6 +23,8 @@ from parts import cut, joined
 from tiny_imagenet import MODELS, WEIGHTS, arrays
 
 SEEDS = (0, 1, 2)
+LOOKING = ("forms", "finals", "training", "mixtures", "adders")
+"""Groups that look for forms and ways to train: on the dev split only."""
 
 ANGULAR = {
     "own-mean-l2": (),
@@ -63,6 +65,20 @@ TRAINING = {
     "distil-lr5e-4": ("--distill", "0.5", "--lr", "5e-4"),
 }
 """Ways to fine-tune, of the dense control too; each beside the usual one."""
+
+MIXTURES = {
+    "base": (),
+    "distil": ("--distill", "0.5"),
+    "long": ("--epochs", "10", "30"),
+    "long-distil": ("--epochs", "10", "30", "--distill", "0.5"),
+    "q": ("--set", "shift.variant=q"),
+    "lr1": ("--shift-lr", "1"),
+    "free": ("--balance", "0"),
+}
+"""Forms and ways to train mixtures; the long ones beside a dense control and shifts of the same length."""
+
+ADDER_RATES = {"lr0.1": ("--adder-lr", "0.1"), "lr10": ("--adder-lr", "10"), "shift-lr1": ("--shift-lr", "1"), "lr0.2": ("--lr", "5e-5")}
+"""Rates of AdderNet and ShiftAddNet, beside the usual ones."""
 
 MAIN = ("msa", "ours-quant-linear", "ours-quant-add", "ours-quant-shift", "ours-quant-moe")
 REST = (
@@ -113,6 +129,14 @@ def jobs(groups: list[str]) -> list[Job]:
         pairs = ("dense-ft", "dense"), ("ours-quant-add", "ours-quant-add")
         found += [Job(f"{row}-{way}", recipe, 0, options) for way, options in TRAINING.items() for row, recipe in pairs]
         found += [Job(recipe, recipe) for recipe in ("ours-quant-moe", "ours-quant-shift", "msa")]
+    if "mixtures" in groups:
+        found += [Job(f"moe-{name}", "ours-quant-moe", 0, options) for name, options in MIXTURES.items()]
+        for row, recipe in (("dense-ft", "dense"), ("ours-quant-shift", "ours-quant-shift"), ("ours-quant-add", "ours-quant-add")):
+            found += [Job(f"{row}-{name}", recipe, 0, MIXTURES[name]) for name in ("distil", "long", "long-distil")]
+        found += [Job(f"shift-{name}", "ours-quant-shift", 0, options) for name, options in SHIFTS.items()]
+    if "adders" in groups:
+        found += [Job(f"shiftaddnet-{name}", "shiftaddnet", 0, options) for name, options in ADDER_RATES.items()]
+        found += [Job(f"addernet-{name}", "addernet", 0, options) for name, options in ADDER_RATES.items() if "shift" not in name]
     if "main" in groups:
         found += [Job(recipe, recipe, seed) for seed in SEEDS for recipe in reversed(MAIN)]
     if "rest" in groups:
@@ -235,7 +259,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arch", choices=MODELS, default="pvt_v2_b0")
-    parser.add_argument("--group", nargs="+", choices=("forms", "finals", "training", "main", "rest", "baselines"), default=["main"])
+    parser.add_argument("--group", nargs="+", choices=(*LOOKING, "main", "rest", "baselines"), default=["main"])
     parser.add_argument("--split", choices=("dev", "val"), default="dev")
     parser.add_argument("--epochs", type=int, nargs=2, default=(10, 10))
     parser.add_argument("--pretrain-epochs", type=int, default=200)
@@ -247,7 +271,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=5, help="runs at a time on each GPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no row that would end later, going by the longest of its kind so far; stop what still runs then")
     args = parser.parse_args()
-    if {"forms", "finals", "training"} & set(args.group) and args.split != "dev":
+    if {*LOOKING} & set(args.group) and args.split != "dev":
         parser.error("forms and ways to train are compared on the dev split: the validation images are for the table")
     run(args)
 

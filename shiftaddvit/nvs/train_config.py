@@ -39,9 +39,8 @@ class NvsTrainConfig:
     """`bf16`: matrix products in bfloat16; geometry, encodings, softmax and norms in float32."""
     compile: bool = False
     """torch.compile the transformer and the feature net (not with mixtures, whose routing is recorded as it happens)."""
-    cuda_graph: bool = False
-    """On a GPU, record a step once for every number of source views and replay it, without the time that launching takes. Off by default
-    until it has run on a GPU."""
+    cuda_graph: bool = True
+    """On a GPU, record a step once for every number of source views and replay it, without the time that launching takes."""
     seed: int = 0
     """Of everything random: a resumed run equals one that never stopped, on the same CPU."""
     check_every: int = 1000
