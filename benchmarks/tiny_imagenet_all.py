@@ -77,8 +77,11 @@ MIXTURES = {
 }
 """Forms and ways to train mixtures; the long ones beside a dense control and shifts of the same length."""
 
-ADDER_RATES = {"lr0.1": ("--adder-lr", "0.1"), "lr10": ("--adder-lr", "10"), "shift-lr1": ("--shift-lr", "1"), "lr0.2": ("--lr", "5e-5")}
-"""Rates of AdderNet and ShiftAddNet, beside the usual ones."""
+ADDER_RATES = {
+    "shiftaddnet": {"lr0.1": ("--adder-lr", "0.1"), "lr0.01": ("--adder-lr", "0.01"), "both-lr0.1": ("--adder-lr", "0.1", "--shift-lr", "1")},
+    "addernet": {"lr0.1": ("--adder-lr", "0.1"), "all-lr4": ("--lr", "1e-3")},
+}
+"""Rates of layers of adders, beside the usual ones."""
 
 MAIN = ("msa", "ours-quant-linear", "ours-quant-add", "ours-quant-shift", "ours-quant-moe")
 REST = (
@@ -135,8 +138,7 @@ def jobs(groups: list[str]) -> list[Job]:
             found += [Job(f"{row}-{name}", recipe, 0, MIXTURES[name]) for name in ("distil", "long", "long-distil")]
         found += [Job(f"shift-{name}", "ours-quant-shift", 0, options) for name, options in SHIFTS.items()]
     if "adders" in groups:
-        found += [Job(f"shiftaddnet-{name}", "shiftaddnet", 0, options) for name, options in ADDER_RATES.items()]
-        found += [Job(f"addernet-{name}", "addernet", 0, options) for name, options in ADDER_RATES.items() if "shift" not in name]
+        found += [Job(f"{recipe}-{name}", recipe, 0, options) for recipe, rates in ADDER_RATES.items() for name, options in rates.items()]
     if "main" in groups:
         found += [Job(recipe, recipe, seed) for seed in SEEDS for recipe in reversed(MAIN)]
     if "rest" in groups:
