@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from shiftaddvit.cli.main import app
 from shiftaddvit.errors import UserError
 from shiftaddvit.published import classification, view_synthesis
+from shiftaddvit.report import reading
 from shiftaddvit.report.ablation import comparisons, table
 from shiftaddvit.report.contents import content
 from shiftaddvit.report.kinds import READERS
@@ -67,6 +68,16 @@ def test_the_same_file_under_two_names_counts_once(tmp_path):
     for name in ("a.json", "b.json"):
         files.put(tmp_path, name, files.energy("dense"))
     assert len(read_results([tmp_path]).energies) == 1
+
+
+@pytest.mark.parametrize("stamp", [True, False])
+def test_the_digest_of_a_file_is_computed_once(tmp_path, monkeypatch, stamp):
+    computed = []
+    monkeypatch.setattr(reading, "digest", lambda values: computed.append(digest(values)) or computed[-1])
+    values = files.energy("dense")
+    files.put(tmp_path, "a.json", values if stamp else {key: value for key, value in values.items() if key != "shiftaddvit"})
+    source = read_results([tmp_path]).sources[0]
+    assert computed == [source.digest] and source.stamped == stamp
 
 
 def test_a_run_that_has_not_finished_shows_its_curve_alone(tmp_path):

@@ -148,4 +148,6 @@ def _source(path: str, kind: str, values: Mapping[str, Any]) -> Source:
         else {}
     )
     texts = tuple((key, values[key]) for key in ANNOTATIONS if isinstance(values.get(key), str))
-    return Source(path, kind, digest(values), str(conditions.get("time", "")), conditions, STAMP in values, texts)
+    stamp = values.get(STAMP)
+    mine = stamp["digest"] if isinstance(stamp, Mapping) else digest(values)  # `_kind` has checked a stamp's
+    return Source(path, kind, mine, str(conditions.get("time", "")), conditions, STAMP in values, texts)

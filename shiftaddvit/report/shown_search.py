@@ -68,9 +68,9 @@ def search_latency_tables(results: Results) -> tuple[Table, ...]:
 
 def option_words(option: str) -> str:
     """An option as words."""
-    form, linears = parts(option) or ("", "mult")
     if option == DENSE:
         return "as it is"
+    form, linears = parts(option)
     shown = {"mult": "", "shift": "shift", "moe": "mixture"}[linears]
     return " + ".join(filter(None, (FORMS.get(form, ""), shown)))
 
@@ -140,7 +140,7 @@ def _matrix(found: SearchResult, number: int) -> Matrix:
     for site in found.sites:
         squares = []
         for name, point in columns:
-            form, linears = parts(point.option(site)) or ("", "mult")
+            form, linears = parts(point.option(site))
             text = f"{FORMS[form]} {SIGNS[linears]}" if form else SIGNS[linears]
             told = f"{FORMS[form]} attention, {LINEARS[linears]}" if form else LINEARS[linears]
             squares.append(Square(text, linears, f"{in_words(site)} in {name}: {'as it is' if point.option(site) == DENSE else told}"))
