@@ -166,7 +166,8 @@ def test_memory_that_ends_is_told_with_what_to_try():
     ("arguments", "message"),
     [
         (["train", "pvt_v2_b9"], "did you mean 'pvt_v2_b5'"), (["model", "pvt_v2_b9", "--device", "cpu"], "did you mean 'pvt_v2_b5'"),
-        (["train", "--precision", "fp8"], "precision must be 'no', 'fp16' or 'bf16'"), (["train", "--recipe", "our-quant-moe"], "did you mean 'ours-quant-moe'"),
+        (["train", "--precision", "fp8"], "precision must be 'no', 'fp16' or 'bf16'"),
+        (["train", "--recipe", "our-quant-moe"], "'shiftaddvit recipes' lists them all"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_refused_before_anything_is_measured(arguments, message, monkeypatch):

@@ -144,7 +144,7 @@ def test_unit_costs_show_where_each_number_comes_from():
         (["pvt_v2_b0", "--mode", "paper", "--sweep", "weight-bits"], "mode 'paper' has fixed widths"),
         (["pvt_v2_b0", "--sweep", "shift-share", "--values", "a,b"], "--values must be numbers"),
         (["pvt_v2_b0", "--compare", "msa", "--sweep", "shift-share"], "exclude one another"),
-        (["pvt_v2_b0", "--compare", "nothing"], "unknown recipe 'nothing'"),
+        (["pvt_v2_b0", "--compare", "nothing"], "'shiftaddvit recipes' lists them all"),
         (["pvt_v2_b0", "--images", "."], "--images needs weights"),
         (["missing.safetensors"], "missing.safetensors"),
         (["zzz"], "unknown model 'zzz': none of the"),

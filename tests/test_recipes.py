@@ -243,9 +243,11 @@ def test_unmatched_glob_is_an_error_that_shows_a_name():
     assert type(model.blocks[0].mlp.fc1) is nn.Linear  # nothing was changed
 
 
-def test_unknown_recipe_names_the_nearest():
-    with pytest.raises(UserError, match="unknown recipe 'our-quant-moe': did you mean 'ours-quant-moe'"):
-        reparameterize(dense("vit"), "our-quant-moe")
+@pytest.mark.parametrize(("name", "hint"), [("our-quant-moe", r"did you mean 'ours-quant-moe'[^?]*\?"), ("zzz", "no name is like it;")])
+def test_unknown_recipe_names_the_nearest_and_where_all_are_listed(name, hint):
+    with pytest.raises(UserError, match=f"unknown recipe '{name}': {hint} 'shiftaddvit recipes' lists them all$") as refused:
+        reparameterize(dense("vit"), name)
+    assert sum(repr(recipe) in str(refused.value) for recipe in recipes) <= 3
 
 
 def test_missing_and_broken_recipe_files_are_named(tmp_path):

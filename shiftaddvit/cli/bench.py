@@ -167,11 +167,11 @@ def _named(models: list[str] | None) -> tuple[str, ...]:
 
 
 def _known(given: list[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
-    from shiftaddvit.reparam import recipes
+    from shiftaddvit.reparam.recipe import LISTED_BY, recipes
 
     for name in given or ():
         if name != "dense" and name not in recipes:
-            raise unknown("recipe", name, [*recipes, "dense"])
+            raise unknown("recipe", name, [*recipes, "dense"], LISTED_BY)
     return tuple(given or usual)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shiftaddvit.errors import UserError, unknown
 from shiftaddvit.reparam import Recipe, recipes, reparameterize
 from shiftaddvit.reparam.architecture import create_model
-from shiftaddvit.reparam.recipe import as_recipe
+from shiftaddvit.reparam.recipe import LISTED_BY, as_recipe
 
 from .operations import Trace
 from .published import AttentionSites, attention_sites
@@ -70,7 +70,7 @@ def named_subject(name: str, recipe: str, image_size: tuple[int, int] | None, ba
 def named_recipe(recipe: str) -> Recipe:
     """A shipped recipe or a TOML file."""
     if not recipe.endswith(".toml") and recipe not in recipes:
-        raise unknown("recipe", recipe, ["dense", *recipes])
+        raise unknown("recipe", recipe, ["dense", *recipes], LISTED_BY)
     return as_recipe(recipe)
 
 

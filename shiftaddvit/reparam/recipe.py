@@ -161,6 +161,10 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+LISTED_BY = "shiftaddvit recipes"
+"""The command that lists the shipped recipes."""
+
+
 class Recipes(Mapping[str, Recipe]):
     """The named recipes that ship with the package, one TOML file each, read when asked for."""
 
@@ -169,7 +173,7 @@ class Recipes(Mapping[str, Recipe]):
 
     def __getitem__(self, name: str) -> Recipe:
         if name not in set(self):
-            raise unknown("recipe", name, self)
+            raise unknown("recipe", name, self, LISTED_BY)
         return Recipe.from_toml(Path(str(self._folder / f"{name}.toml")))
 
     def __contains__(self, name: object) -> bool:
