@@ -50,8 +50,8 @@ class SaveReport:
         return self.bytes / self.dense_bytes
 
     def __str__(self) -> str:
-        form = "packed" if self.packed else "latent"
-        return f"{self.path}: {self.bytes / 1e6:.2f} MB {form}, {self.ratio:.3f}× the dense fp32 weights ({self.dense_bytes / 1e6:.2f} MB)"
+        form = "packed (no more training)" if self.packed else "not packed (can be trained on)"
+        return f"{self.path}: {self.bytes / 1e6:.2f} MB, {form}, {self.ratio:.3f}× the dense fp32 weights ({self.dense_bytes / 1e6:.2f} MB)"
 
 
 def round_dense(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:

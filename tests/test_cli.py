@@ -67,12 +67,14 @@ def test_convert_takes_the_class_count_of_the_weights_and_their_values(tmp_path,
 
 
 def test_packed_file_is_smaller_and_has_the_same_logits(tmp_path, dense):
-    latent, packed = tmp_path / "latent.safetensors", tmp_path / "packed.safetensors"
-    run("convert", dense, "--recipe", "mlp-shift", "-o", latent)
-    outcome = run("convert", latent, "--packed", "-o", packed)
+    floats, packed = tmp_path / "floats.safetensors", tmp_path / "packed.safetensors"
+    before = run("convert", dense, "--recipe", "deepshift-q", "-o", floats, "--verbose").stdout
+    after = run("convert", floats, "--packed", "-o", packed).stdout
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(load(packed)(images), load(latent)(images))
-    assert packed.stat().st_size < latent.stat().st_size and "packed" in outcome.stdout
+    assert torch.equal(load(packed)(images), load(floats)(images))
+    assert packed.stat().st_size < floats.stat().st_size
+    assert ", not packed (can be trained on), " in before and ", packed (no more training), " in after
+    assert "mlp.fc1, as the float weight that is rounded to powers of two" in before and "latent" not in before + after
 
 
 def test_convert_calibrates_hash_functions_on_images(tmp_path, dense, data):

@@ -77,7 +77,7 @@ def swap_layer(model: nn.Module, name: str, primitive: str, recipe: Recipe, repo
     """Swap a linear layer, or a convolution (which has no mixtures), for one of another primitive."""
     dense = model.get_submodule(name)
     convolution = isinstance(dense, nn.Conv2d)
-    latents = "shift and sign" if recipe.shift.variant == "ps" else "latent"
+    latents = "exponents and signs" if recipe.shift.variant == "ps" else "the float weight that is rounded to powers of two"
     if primitive == "mult":
         return
     if primitive == "shift":
