@@ -119,6 +119,15 @@ def test_finished_run_resumes_to_the_same_result(trained, data, dense):
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
+@pytest.mark.parametrize("command", [("finetune", "--recipe", "msa"), ("pretrain",)])
+def test_steps_are_recorded_unless_told_otherwise(command, dense, data, tmp_path, monkeypatch):
+    recorded = []
+    monkeypatch.setattr("shiftaddvit.cli.training.train", lambda job, config: recorded.append(config.cuda_graph))
+    for flag in ((), ("--no-cuda-graph",), ("--cuda-graph",)):
+        run(command[0], dense, data, *command[1:], "-o", tmp_path / "run", *flag)
+    assert recorded == [True, False, True]
+
+
 def test_finetune_builds_a_head_for_the_classes_of_the_data(tmp_path, dense):
     data = write_images(tmp_path / "three", ("a", "b", "c"), 2)
     outcome = run("finetune", dense, data, "--recipe", "mlp-shift", "-o", tmp_path / "run", *SHORT, "--num-classes", 3)

@@ -22,6 +22,7 @@ Val = Annotated[str | None, typer.Option(help="Validation images, where DATA has
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Ema = Annotated[float | None, typer.Option(help="Decay of an average of the weights, such as 0.9998; the average is the result.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the model.")]
+CudaGraph = Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On one GPU, record a step once and replay it: same numbers, sooner.")]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 
@@ -51,6 +52,7 @@ def finetune(
     ema: Ema = None,
     seed: Seed = 0,
     compile: Compile = False,
+    cuda_graph: CudaGraph = True,
     tensorboard: TensorBoard = False,
     checkpoint_minutes: Annotated[float, typer.Option(help="Longest time between checkpoints.")] = 5.0,
     evaluate_every: Annotated[int, typer.Option(help="Epochs between evaluations; 0 evaluates at the end only.")] = 1,
@@ -68,7 +70,8 @@ def finetune(
     choice = _choice(model, model_arg, weights, pretrained, num_classes, image_size, seed)
     if recipe is None and not choice.is_file:
         raise UserError(f"say what {model} becomes with --recipe (see 'shiftaddvit recipes'; dense trains it as it is)")
-    config = _settings(_schedule(schedule, epochs, lr), precision, distill, ema, seed, compile, tensorboard, checkpoint_minutes, evaluate_every)
+    config = _settings(_schedule(schedule, epochs, lr), precision, distill, ema, seed, compile, cuda_graph, tensorboard,
+                       checkpoint_minutes, evaluate_every)  # fmt: skip
     job = Job(choice, DataChoice(data, strict, data_root, download), output, recipe, val, teacher, batch_size, workers, resident, augment,
               crop_pct, resume, overwrite, verbose)  # fmt: skip
     train(job, config)
@@ -94,6 +97,7 @@ def pretrain(
     ema: Ema = None,
     seed: Seed = 0,
     compile: Compile = False,
+    cuda_graph: CudaGraph = True,
     tensorboard: TensorBoard = False,
     checkpoint_minutes: Annotated[float, typer.Option(help="Longest time between checkpoints.")] = 5.0,
     evaluate_every: Annotated[int, typer.Option(help="Epochs between evaluations; 0 evaluates at the end only.")] = 1,
@@ -110,7 +114,8 @@ def pretrain(
     from .training import DataChoice, Job, train
 
     choice = _choice(model, model_arg, weights, False, num_classes, image_size, seed)
-    config = _settings(pretraining(epochs, lr, seed, ema), precision, 0.0, ema, seed, compile, tensorboard, checkpoint_minutes, evaluate_every)
+    config = _settings(pretraining(epochs, lr, seed, ema), precision, 0.0, ema, seed, compile, cuda_graph, tensorboard,
+                       checkpoint_minutes, evaluate_every)  # fmt: skip
     job = Job(choice, DataChoice(data, strict, data_root, download), output, "dense", val, None, batch_size, workers, resident, augment,
               crop_pct, resume, overwrite, verbose)  # fmt: skip
     train(job, config)
@@ -140,7 +145,7 @@ def _schedule(name: str, epochs: tuple[int, int] | None, lr: tuple[float, float]
 
 
 def _settings(config: "FinetuneConfig", precision: str | None, distill: float, ema: float | None, seed: int, compile: bool,
-              tensorboard: bool, checkpoint_minutes: float, evaluate_every: int) -> "FinetuneConfig":  # fmt: skip
+              cuda_graph: bool, tensorboard: bool, checkpoint_minutes: float, evaluate_every: int) -> "FinetuneConfig":  # fmt: skip
     if evaluate_every < 0 or checkpoint_minutes < 0:
         raise UserError(f"--evaluate-every and --checkpoint-minutes must be 0 or more, got {evaluate_every} and {checkpoint_minutes:g}")
     if seed < 0:
@@ -149,6 +154,6 @@ def _settings(config: "FinetuneConfig", precision: str | None, distill: float, e
         raise UserError(f"--ema must be between 0 and 1, got {ema:g}")
     changed: dict[str, Any] = {} if precision is None else {"precision": precision}
     return replace(
-        config, distill_weight=distill, ema_decay=ema, seed=seed, compile=compile, tensorboard=tensorboard,
+        config, distill_weight=distill, ema_decay=ema, seed=seed, compile=compile, cuda_graph=cuda_graph, tensorboard=tensorboard,
         checkpoint_minutes=checkpoint_minutes, evaluate_every=evaluate_every, **changed,
     )  # fmt: skip
