@@ -1,7 +1,9 @@
 """Training of view models survives: kills, NaN, too little memory."""
 
+import itertools
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -11,11 +13,13 @@ from pathlib import Path
 import nvs_synthetic
 import pytest
 import torch
+from cli_runs import run
 from nvs_models import SHORT, TINY, tiny
 from ops_checks import Capturable
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.router import record_routing
+from shiftaddvit.nvs import quickstart
 from shiftaddvit.nvs.batch import TrainingScene, draw_batch
 from shiftaddvit.nvs.memory import Chunk
 from shiftaddvit.nvs.nerf import NeRF, NeRFConfig
@@ -24,6 +28,7 @@ from shiftaddvit.nvs.state import load_model
 from shiftaddvit.nvs.step import Balance, add_gradients
 from shiftaddvit.nvs.train import NvsTrainConfig, _Training, train
 from shiftaddvit.reparam import reparameterize
+from shiftaddvit.train import Interrupted
 from shiftaddvit.train.guard import NotFinite
 from shiftaddvit.train.latency import expert_costs
 from shiftaddvit.train.run_folder import RunFolder
@@ -34,37 +39,79 @@ def scene():
     return normalise(nvs_synthetic.make_scene(views=6, width=36, height=32))
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(scene, tmp_path):
-    whole, parts = tiny(), tiny()
-    train(whole, [scene], tmp_path / "whole", SHORT, show=False)
+@pytest.fixture(scope="module")
+def whole(scene, tmp_path_factory):
+    """Trained without a stop."""
+    model = tiny()
+    train(model, [scene], tmp_path_factory.mktemp("whole"), SHORT, show=False)
+    return model.state_dict()
+
+
+def assert_same(model, state):
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(scene, whole, tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    config = replace(SHORT, checkpoint_minutes=1e-9)
+    stop_in_step(monkeypatch, 4, stop)
     with pytest.raises(KeyboardInterrupt):
-        train_until(parts, scene, tmp_path / "parts", 4)
+        train(tiny(), [scene], tmp_path, config, show=False)
     again = tiny(seed=5)
-    result = train(again, [scene], tmp_path / "parts", replace(SHORT, checkpoint_minutes=1e-9), resume=True, show=False)
+    result = train(again, [scene], tmp_path, config, resume=True, show=False)
     assert result.steps == 6
-    assert train(tiny(), [scene], tmp_path / "parts", replace(SHORT, checkpoint_minutes=1e-9), resume=True, show=False).steps == 6, "done"
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert train(tiny(), [scene], tmp_path, config, resume=True, show=False).steps == 6, "done"
+    assert_same(again, whole)
 
 
-def train_until(model, scene, folder, step):
-    """Train with a checkpoint after every step, and stop as Ctrl-C does before step `step`."""
-    from shiftaddvit.nvs import train as module
+@pytest.mark.parametrize(("step", "number"), [(0, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGTERM)])
+def test_ctrl_c_and_sigterm_wait_for_the_step_and_leave_a_checkpoint(scene, whole, tmp_path, monkeypatch, step, number):
+    before = signal.getsignal(number)
+    stop_in_step(monkeypatch, step, lambda: signal.raise_signal(number))
+    with pytest.raises(Interrupted):
+        train(tiny(), [scene], tmp_path, SHORT, show=False)
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == step + 1
+    assert (tmp_path / "result.json").exists() == (step == 5), "only a run that is done has a result"
+    again = tiny(seed=5)
+    assert train(again, [scene], tmp_path, SHORT, resume=True, show=False).finished
+    assert_same(again, whole)
 
-    original = module.add_gradients
 
-    def interrupted(*arguments):
-        interrupted.calls += 1
-        if interrupted.calls > step:
-            raise KeyboardInterrupt
-        return original(*arguments)
+def test_a_second_ctrl_c_stops_at_once(scene, tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
 
-    interrupted.calls = 0
-    module.add_gradients = interrupted
-    try:
-        train(model, [scene], folder, replace(SHORT, checkpoint_minutes=1e-9), show=False)
-    finally:
-        module.add_gradients = original
+    stop_in_step(monkeypatch, 1, twice)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(tiny(), [scene], tmp_path, SHORT, show=False)
+    assert not isinstance(stopped.value, Interrupted) and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_the_command_says_how_to_resume_and_does(tmp_path, monkeypatch):
+    arguments = ["nvs", "train", quickstart._folder(), "-o", tmp_path / "run", "--width", 48, "--steps", 4, "--rays", 8, "--samples", 4]
+    arguments += ["--sources", 3, "--model-width", 16, "--depth", 1, "--device", "cpu"]
+    stop_in_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = run(*arguments, code=130)
+    assert stopped.stderr.endswith(f"interrupted\nto resume: shiftaddvit {' '.join(map(str, arguments))} --resume\n")
+    assert "4 steps in" in run(*arguments, "--resume").stdout
+
+
+def stop_in_step(monkeypatch, step, stop):
+    """Call `stop` in a run's step of that number, counted from 0; once."""
+    calls = itertools.count()
+
+    def add_and_stop(*arguments):
+        if next(calls) == step:
+            stop()
+        return add_gradients(*arguments)
+
+    monkeypatch.setattr("shiftaddvit.nvs.train.add_gradients", add_and_stop)
 
 
 _KILLED = """
@@ -105,14 +152,12 @@ def test_a_kill_leaves_a_run_that_resumes(scene, tmp_path):
     load_model(folder / "model.safetensors")
 
 
-def test_a_run_told_when_to_stop_saves_and_goes_on(scene, tmp_path):
-    whole, parts = tiny(), tiny()
-    train(whole, [scene], tmp_path / "whole", SHORT, show=False)
-    stopped = train(parts, [scene], tmp_path / "parts", SHORT, show=False, until=time.monotonic() - 1)
-    assert not stopped.finished and stopped.steps == 0 and not (tmp_path / "parts" / "result.json").exists()
-    result = train(tiny(seed=5), [scene], tmp_path / "parts", SHORT, resume=True, show=False)
+def test_a_run_told_when_to_stop_saves_and_goes_on(scene, whole, tmp_path):
+    stopped = train(tiny(), [scene], tmp_path, SHORT, show=False, until=time.monotonic() - 1)
+    assert not stopped.finished and stopped.steps == 0 and not (tmp_path / "result.json").exists()
+    result = train(tiny(seed=5), [scene], tmp_path, SHORT, resume=True, show=False)
     assert result.finished and result.steps == SHORT.steps
-    assert torch.equal(load_model(tmp_path / "parts" / "model.safetensors").net_coarse.rgb_fc.weight, whole.net_coarse.rgb_fc.weight)
+    assert_same(load_model(tmp_path / "model.safetensors"), whole)
 
 
 def test_nan_stops_and_keeps_the_last_good_model(scene, tmp_path):

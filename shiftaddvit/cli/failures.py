@@ -17,7 +17,7 @@ from shiftaddvit.errors import UserError
 USER, INTERRUPTED = 2, 130
 """Exit codes: the user's mistake, and Ctrl-C."""
 
-RESUMABLE = ("finetune", "pretrain")
+RESUMABLE = (["finetune"], ["pretrain"], ["nvs", "train"])
 """Commands that go on with `--resume`."""
 
 _USAGE = typer.BadParameter.__base__  # typer brings its own click and exports this one by its subclass only
@@ -44,8 +44,9 @@ class Commands(TyperGroup):
             raise _told(f"{error.format_message().replace('Value error, ', '').rstrip('.')} (see --help)") from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
-            if ctx.invoked_subcommand in RESUMABLE:
-                typer.echo(f"to resume: {resume_command(ctx.meta[_ARGUMENTS])}", err=True)
+            arguments = ctx.meta[_ARGUMENTS]
+            if any(arguments[: len(command)] == command for command in RESUMABLE):
+                typer.echo(f"to resume: {resume_command(arguments)}", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except OSError as error:
             if error.errno in _FULL:

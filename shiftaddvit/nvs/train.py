@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from shiftaddvit.errors import UserError
 from shiftaddvit.layers.router import record_routing
 from shiftaddvit.schema import stamped
 from shiftaddvit.train.guard import NotFinite
+from shiftaddvit.train.interrupt import Interrupted, deferred_interrupt
 from shiftaddvit.train.latency import expert_costs
 from shiftaddvit.train.optim import parameter_groups
 from shiftaddvit.train.progress import TrainingProgress
@@ -67,7 +68,7 @@ def train(
 
     `until` is a time of `time.monotonic()` at which the run saves a checkpoint and returns unfinished, to be resumed: for machines that
     are lent by the hour. UserError before anything is written for scenes with too few views, or a folder that holds another run; `NotFinite` when the loss is
-    no longer a number, after which `model.safetensors` is the last good state.
+    no longer a number, after which `model.safetensors` is the last good state; `Interrupted` for Ctrl-C or SIGTERM, after a checkpoint.
     """
     for scene in scenes:
         check_sources(scene, max(1, model.sources))
@@ -114,25 +115,29 @@ class _Training:
         mixtures = bool(expert_costs(self.model)) and self.config.balance_weight > 0
         if mixtures and self.config.measure_latency and not going_on:
             measure_costs(self.model, self._batch())
-        with TrainingProgress("train", total, self._done(), show) as progress, record_routing(self.model) as records:
+        with TrainingProgress("train", total, self._done(), show) as progress, record_routing(self.model) as records, deferred_interrupt() as asked:
             if mixtures:
                 self.balance = Balance(records, expert_costs(self.model), self.config.balance_weight)
-            result = self._loop(progress, until)
-        if not result.finished:
-            return result
+            result = self._loop(progress, until, asked)
+            if result.finished:
+                self._write(result)
+            if asked():
+                raise Interrupted
+        return result
+
+    def _write(self, result: TrainResult) -> None:
         described = {
             "model": kind_of(self.model), "recipe": getattr(getattr(self.model, "shiftaddvit_recipe", None), "name", None),
             "scenes": [one.scene.name for one in self.scenes], "conditions": conditions(self.device, seed=self.config.seed),
         }  # fmt: skip
         self.folder.write_result(stamped("nvs-train", described | asdict(result)))
-        return result
 
-    def _loop(self, progress: TrainingProgress, until: float) -> TrainResult:
+    def _loop(self, progress: TrainingProgress, until: float, asked: Callable[[], bool]) -> TrainResult:
         saved, since, errors = time.monotonic(), 0, torch.zeros((), device=self.device)
         result = TrainResult(self.step, self.seconds, None, None)
         while not self._finished():
             start = time.monotonic()
-            if start >= until:
+            if start >= until or asked():
                 self._save(errors)
                 return replace(result, steps=self.step, seconds=self.seconds, finished=False)
             errors += self._one_step()

@@ -75,7 +75,7 @@ def finetune(
     Raises:
         UserError: a folder that holds another run, a full disk, a packed model, or, with `output`, a model that cannot be saved.
         NotFinite: the loss is no number; names the step and layer, and the last good checkpoint is kept.
-        Interrupted: Ctrl-C, after a checkpoint.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     if is_packed(model):
         raise UserError("the model is packed and no longer trains: give the one it was packed from")
