@@ -27,6 +27,8 @@ FORMAT = 2
 """Of new files. Format 1 differs in packed codes, which it holds as they lie in memory."""
 HEADER = "shiftaddvit"
 """The key of the file's own header among its strings."""
+IMAGES = "shiftaddvit.images"
+"""The key of what a file says about its images."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ def check_savable(model: nn.Module) -> None:
 
 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
-    """The model that `save` wrote, in evaluation mode: same logits. UserError for a file that is truncated, of another program or of a
-    newer format, or whose tensors do not fit."""
+    """The model that `save` wrote, in evaluation mode: same logits. Where the file says which images it was trained on, the model's
+    `pretrained_cfg` says so too, and `deploy`, `energy` and `export` take that size by default. UserError for a file that is truncated,
+    of another program or of a newer format, or whose tensors do not fit."""
     header, tensors = _read(path)
     architecture = Architecture(**header["architecture"])
     recipe = Recipe.from_dict(header["recipe"], source=f"the recipe in {path}") if header["recipe"] is not None else None
@@ -139,6 +142,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Modu
         raise UserError(f"{path} does not fit its own architecture: " + "; ".join(sorted(problems)[:8]))
     model.load_state_dict({key: tensor.to(expected[key].dtype) for key, tensor in tensors.items()})
     model.shiftaddvit_architecture = architecture
+    _set_images(model, read_image_settings(path))
     return model.to(device).eval()
 
 
@@ -151,6 +155,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def read_image_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """`image_size` (height, width), `crop_pct` and `classes`, as far as the file of a model holds them."""
+    return json.loads(read_metadata(path).get(IMAGES, "{}"))
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
@@ -180,6 +189,14 @@ def _read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     header = read_header(path)
     with safe_open(str(path), framework="pt") as file:
         return header, {key: file.get_tensor(key) for key in file.keys()}
+
+
+def _set_images(model: nn.Module, settings: dict[str, Any]) -> None:
+    """timm's own place for the size and crop that a model's weights are for."""
+    if settings.get("image_size"):
+        model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], *settings["image_size"])
+    if settings.get("crop_pct"):
+        model.pretrained_cfg["crop_pct"] = settings["crop_pct"]
 
 
 def _shrink(tensor: Tensor) -> Tensor:

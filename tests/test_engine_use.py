@@ -3,11 +3,13 @@
 import pytest
 import timm
 import torch
-from engine_models import FLOAT32, PLAIN, SIZE, converted, dense, engine_of, error, images, published, randomised
+from engine_models import FLOAT32, PLAIN, PYRAMID, SIZE, converted, dense, engine_of, error, images, published, randomised
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import shiftaddvit as sav
+from shiftaddvit.cli.model_choice import settings_to_store
 from shiftaddvit.engine import Launch, deploy, lower
 from shiftaddvit.engine.engine import largest_fitting
 from shiftaddvit.engine.weights import Preparation
@@ -68,6 +70,22 @@ def test_engine_keeps_its_weights_when_the_model_changes():
     before = engine(images(1))
     randomised(model)
     assert torch.equal(before, engine(images(1)))
+
+
+@pytest.mark.parametrize("recipe", (None, "ours-quant-moe"))
+def test_a_file_that_knows_its_image_size_deploys_for_it(recipe, tmp_path):
+    sizes = {}
+    model = sav.create_model("pvt_v2_b0", PYRAMID)
+    model = model if recipe is None else sav.reparameterize(model, recipe)
+    for name, metadata in (("knows", settings_to_store((32, 64), 0.875, None)), ("does not", None)):
+        sav.save(model, tmp_path / "model.safetensors", metadata=metadata)
+        loaded = sav.load(tmp_path / "model.safetensors")
+        sizes[name] = deploy(loaded).program.image_size
+        if metadata:
+            assert resolve_model_data_config(loaded)["crop_pct"] == 0.875
+            assert deploy(loaded, image_size=96).program.image_size == (96, 96), "asked for, it is another"
+            assert deploy(loaded)(torch.zeros(1, 3, 32, 64)).shape == (1, 7)
+    assert sizes == {"knows": (32, 64), "does not": (224, 224)}
 
 
 def test_model_is_left_as_it_was():

@@ -186,13 +186,12 @@ def _show_units(as_json: str | None) -> None:
 def _saved(path: Path, folder: Path | None, limit: int, settings: "Settings", shift_share: float | None,
            size: tuple[int, int] | None, batch: int) -> "Energy":  # fmt: skip
     from shiftaddvit.cost.estimate import model_energy
-    from shiftaddvit.serialization import load
+    from shiftaddvit.serialization import load, read_image_settings
 
     from .image_choice import as_input, image_files, image_form
-    from .model_choice import stored_settings
 
     network = load(path)
-    form = image_form(network, size, None, stored_settings(path))
+    form = image_form(network, size, None, read_image_settings(path))
     images = [as_input(file, form).unsqueeze(0) for file in image_files(folder, limit, "--images")] if folder is not None else None
     return model_energy(network, images, settings, shift_share, form.size, batch)
 

@@ -53,19 +53,16 @@ class ModelChoice:
 
     def stored(self) -> dict[str, Any]:
         """What the file says about its images; empty for a model by name."""
-        return stored_settings(Path(self.model)) if self.is_file else {}
+        from shiftaddvit.serialization import read_image_settings
 
-
-def stored_settings(path: Path) -> dict[str, Any]:
-    """`image_size`, `crop_pct` and `classes`, as far as the file of a model holds them."""
-    from shiftaddvit.serialization import read_metadata
-
-    return json.loads(read_metadata(path).get("shiftaddvit.images", "{}"))
+        return read_image_settings(self.model) if self.is_file else {}
 
 
 def settings_to_store(size: tuple[int, int], crop_pct: float, classes: list[str] | None) -> dict[str, str]:
-    """Metadata from which `stored_settings` reads how a model wants its images."""
-    return {"shiftaddvit.images": json.dumps({"image_size": list(size), "crop_pct": crop_pct, "classes": classes})}
+    """Metadata from which `read_image_settings` reads how a model wants its images."""
+    from shiftaddvit.serialization import IMAGES
+
+    return {IMAGES: json.dumps({"image_size": list(size), "crop_pct": crop_pct, "classes": classes})}
 
 
 def origin(choice: ModelChoice, model: "nn.Module") -> dict[str, str]:
