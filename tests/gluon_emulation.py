@@ -100,6 +100,11 @@ def from_lane(value, way, lanes):
     return moved.reshape(value.shape)
 
 
+def rounded_down(value):
+    near = value.half()
+    return torch.where(near.float() > value, torch.nextafter(near, torch.tensor(-torch.inf, dtype=torch.float16)), near)
+
+
 GL = types.SimpleNamespace(
     float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=torch.int64, constexpr=None, static_range=range,
     arange=lambda start, end, layout: torch.arange(start, end), full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -114,7 +119,8 @@ WITHOUT_GLUON = {
     "gl": GL, "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(), "warpgroup_mma": Flight.start, "fence_async_shared": lambda: None,
     "warpgroup_mma_wait": lambda count, flights: flights[0].land(), "barrier": lambda: None, "_add": rounded_sum, "_from_lane": from_lane,
     "_times": lambda a, b: a * b, "_gelu": lambda half: F.gelu(2 * half.float()).half(), "_wait_for_inputs": lambda pdl: None,
-    **dict.fromkeys(("adjacent_layout", "column_layout", "out_layout", "tap_layout"), lambda *a: None),
+    "_above": lambda values, level: (values > level).half(), "_down": rounded_down,
+    **dict.fromkeys(("adjacent_layout", "column_layout", "out_layout", "rows_layout", "tap_layout"), lambda *a: None),
 }  # fmt: skip
 
 
