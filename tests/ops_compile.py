@@ -103,11 +103,12 @@ def main(names: list[str]) -> None:
 
     tiling.processors = patch.processors = mixtures.processors = lambda device: 132
     if has_gluon():
+        from shiftaddvit.ops.attn_block import triton as block
         from shiftaddvit.ops.conv_mlp import triton as mlp
 
-        mlp.processors = tiling.processors
+        mlp.processors = block.processors = tiling.processors
     else:
-        del OPS["conv_mlp"]
+        del OPS["conv_mlp"], OPS["attn_block"]
     representative = names == ["--representative"]
     for op in OPS if representative or not names else names:
         for label, launch in OPS[op]():
