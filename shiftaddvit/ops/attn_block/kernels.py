@@ -3,12 +3,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..conv_mlp.kernels import _wait_for_inputs
 from ..conv_mlp.pieces import _times, barrier
 from .pieces import (
-    _above, _as_rows, _biases, _by_token, _by_warp, _column, _down, _later, _lead, _neighbours, _normalised, _operand, _place, _product, _router,
-    _shares, _split_rows, _split_tokens, _transposed, _transposed_product, _weights, rows_layout,
+    _above, _add_product, _as_rows, _biases, _by_token, _by_warp, _chunks, _column, _down, _end, _later, _lead, _neighbours, _normalised, _operand, _place, _product, _router,
+    _shares, _split_rows, _split_tokens, _start, _transposed_product, _weights, rows_layout,
 )  # fmt: skip
 
 
@@ -25,25 +26,48 @@ def _norm_parts(gamma, beta, C: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _head_weights(w, b, rows, columns, E: gl.constexpr, OUT: gl.constexpr, K: gl.constexpr, shared: gl.constexpr, narrow: gl.constexpr,
-                  L: gl.constexpr, L16: gl.constexpr, first_row):  # fmt: skip
-    """Both experts' weights of 32 rows, and their biases."""
-    first = _weights(w, first_row + rows, 32, columns, K, K, shared)
-    second = _weights(w + OUT * K, first_row + rows, 32, columns, K, K, shared) if E == 2 else first
-    return first, second, _biases(b, first_row + gl.arange(0, 32, gl.SliceLayout(1, L16)), 32, E, OUT, narrow, L16)
+def _head_weights(w, b, head_row, E: gl.constexpr, OUT: gl.constexpr, C: gl.constexpr, shared: gl.constexpr, narrow: gl.constexpr,
+                  L: gl.constexpr, L16: gl.constexpr):  # fmt: skip
+    """Both experts' weights of 32 rows, in chunks of 32 columns, and their biases."""
+    rows = head_row + gl.arange(0, 32, gl.SliceLayout(1, L))
+    first, second = (), ()
+    for k in gl.static_range(C // 32):
+        columns = _place(32 * k + gl.arange(0, 32, gl.SliceLayout(0, L)), C)
+        first = first + (_weights(w, rows, 32, columns, 32, C, shared),)
+        if E == 2:
+            second = second + (_weights(w + OUT * C, rows, 32, columns, 32, C, shared),)
+    return first, second, _biases(b, head_row + gl.arange(0, 32, gl.SliceLayout(1, L16)), 32, E, OUT, narrow, L16)
 
 
 @gluon.jit
-def _routed(tile, inside, gammas, betas, route, eps, E: gl.constexpr, C: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr, L: gl.constexpr):
-    """LayerNorm and router: the rows of either expert, zero where they are the other's or outside the picture, and flags."""
-    a = _normalised(tile, gammas, betas, eps, C, L)
-    lead = 0
+def _routers(route, E: gl.constexpr, C: gl.constexpr, shared: gl.constexpr, L: gl.constexpr):
+    """A router's parts for each chunk of channels."""
+    routes = ()
     if E == 2:
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-        lead = _lead(_operand(a, C // 4, T, WARPS), route, gl.full([16 * WARPS * T, 8], 0.0, gl.float32, MMA), WARPS)
-    mine, other, flags = _shares(lead, inside, E, T, WARPS, L)
-    own = _times(a, mine[:, :, None])
-    return own, _times(a, other[:, :, None]) if E == 2 else own, flags
+        for k in gl.static_range(C // 32):
+            routes = routes + (_router(route, _place(32 * k + gl.arange(0, 32, gl.SliceLayout(0, L)), C), 32, C, shared, L),)
+    return routes
+
+
+@gluon.jit
+def _routed(tile, inside, gammas, betas, routes, eps, E: gl.constexpr, C: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr, L: gl.constexpr):
+    """LayerNorm and router: the rows of either expert, in chunks, zero where they are the other's or outside the picture, and flags."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    L8: gl.constexpr = rows_layout(8, WARPS, T)
+    chunks = _chunks(_normalised(tile, gammas, betas, eps, C, L), C, T, WARPS)
+    lead = gl.full([16 * WARPS * T, 8], 0.0, gl.float32, MMA)
+    if E == 2:
+        for k in gl.static_range(C // 32):
+            lead = _lead(_operand(chunks[k], 8, T, WARPS), routes[k], lead, WARPS)
+    mine, theirs, flags = _shares(lead, inside, E, T, WARPS, L)
+    mine = gl.convert_layout(mine, gl.SliceLayout(2, L8), assert_trivial=True)
+    theirs = gl.convert_layout(theirs, gl.SliceLayout(2, L8), assert_trivial=True)
+    own, other = (), ()
+    for k in gl.static_range(C // 32):
+        own = own + (_times(chunks[k], mine[:, :, None]),)
+        if E == 2:
+            other = other + (_times(chunks[k], theirs[:, :, None]),)
+    return own, other, flags
 
 
 @gluon.jit
@@ -64,43 +88,40 @@ def attn_context_kernel(
     L16: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     MANY: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    WIDE: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // C, C // 8, [1, 0])
+    WIDE: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     NARROW: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     R: gl.constexpr = 16 * WARPS * T
     picture, part = gl.program_id(0) // programs, gl.program_id(0) % programs
 
-    columns = _place(gl.arange(0, C, gl.SliceLayout(0, L2)), C)
-    rows = gl.arange(0, 32, gl.SliceLayout(1, L2))
     keys, values, totals = (), (), ()
     for h in gl.static_range(HEADS):
-        keys = keys + (_head_weights(w, b, rows, columns, E, OUT, C, WIDE, NARROW, L2, L16, KEYS + 32 * h),)
-        values = values + (_head_weights(w, b, rows, columns, E, OUT, C, WIDE, NARROW, L2, L16, OUT - C + 32 * h),)
+        keys = keys + (_head_weights(w, b, KEYS + 32 * h, E, OUT, C, WIDE, NARROW, L2, L16),)
+        values = values + (_head_weights(w, b, OUT - C + 32 * h, E, OUT, C, WIDE, NARROW, L2, L16),)
         totals = totals + (gl.full([WARPS, 32, 32], 0.0, gl.float32, MANY),)
     gammas, betas = _norm_parts(gamma, beta, C, L)
-    routes = _router(route, columns, C, C, WIDE, L2) if E == 2 else (0, 0)
+    routes = _routers(route, E, C, WIDE, L2)
 
     x += picture.to(gl.int64) * N * C
     r = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, L)))
     token = (part * WARPS + r // 16 % WARPS) * (steps * 16 * T) + r // (16 * WARPS) * 16 + r % 16
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    own = gl.arange(0, C // 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    offsets = token[:, None, None] * C + lane * (C // 4) + own
+    more = gl.arange(0, C // 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    offsets = token[:, None, None] * C + lane * (C // 4) + more
     # All weights are in place: no barrier is needed inside the loop.
     barrier()
     _wait_for_inputs(PDL)
     tile = _tile(x, offsets, token, N, C)
 
     for _step in range(steps):
-        own1, own2, flags = _routed(tile, token < N, gammas, betas, routes, eps, E, C, T, WARPS, L)
+        own, other, flags = _routed(tile, token < N, gammas, betas, routes, eps, E, C, T, WARPS, L)
         token += 16 * T
         offsets += 16 * T * C
         # Under way while this tile is computed.
         tile = _tile(x, offsets, token, N, C)
-        a1, a2, f = _transposed(own1, C // 4, T, WARPS), _transposed(own2, C // 4, T, WARPS), _transposed(flags, 4, T, WARPS)
         sums = ()
         for h in gl.static_range(HEADS):
-            k = _transposed_product(f, a1, a2, keys[h][2], keys[h][0], keys[h][1], E, T, WARPS)
-            v = _transposed_product(f, a1, a2, values[h][2], values[h][0], values[h][1], E, T, WARPS)
+            k = _transposed_product(flags, own, other, keys[h][2], keys[h][0], keys[h][1], E, C, T, WARPS)
+            v = _transposed_product(flags, own, other, values[h][2], values[h][0], values[h][1], E, C, T, WARPS)
             level = gl.full([R], 0.0, gl.float16, gl.SliceLayout(0, MMA)) if ZERO else _down(gl.sum(k.to(gl.float32), 0) / 32)
             code = _above(k, level[None, :])
             if SIGNED:
@@ -120,8 +141,8 @@ def attn_context_kernel(
 
 @gluon.jit
 def _context(context, parts, HEADS: gl.constexpr, scale, shared: gl.constexpr, L: gl.constexpr):
-    """One head's context, summed over the parts in their order and scaled, as a float16 and the rest of it, another."""
-    i = gl.arange(0, 32, gl.SliceLayout(1, L))[:, None] * 32 + gl.arange(0, 32, gl.SliceLayout(0, L))[None, :]
+    """One head's context transposed, summed over the parts in their order and scaled, as a float16 and the rest of it, another."""
+    i = gl.arange(0, 32, gl.SliceLayout(1, L))[:, None] + gl.arange(0, 32, gl.SliceLayout(0, L))[None, :] * 32
     total = gl.full([32, 32], 0.0, gl.float32, L)
     for part in range(0, parts, 4):
         for more in gl.static_range(4):
@@ -145,12 +166,13 @@ def _band(taps, first, second, WINDOW: gl.constexpr, shared: gl.constexpr, L: gl
 
 
 @gluon.jit
-def _queries(flags, own, other, weights, E: gl.constexpr, ZERO: gl.constexpr, SIGNED: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr):
+def _queries(flags, own, other, weights, E: gl.constexpr, C: gl.constexpr, ZERO: gl.constexpr, SIGNED: gl.constexpr, T: gl.constexpr,
+             GROUP: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
     """A head's codes of queries, as rows."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     R: gl.constexpr = 16 * WARPS * T
     L: gl.constexpr = rows_layout(8, WARPS, T)
-    q = _as_rows(_product(flags, own, other, weights[2], weights[0], weights[1], E, 32, T, WARPS).to(gl.float16), 8, T, WARPS)
+    q = _as_rows(_product(flags, own, other, weights[2], weights[0], weights[1], E, C, T, GROUP, WARPS).to(gl.float16), 8, T, WARPS)
     if ZERO:
         level = gl.full([R, 4], 0.0, gl.float16, gl.SliceLayout(2, L))
     else:
@@ -163,35 +185,32 @@ def _queries(flags, own, other, weights, E: gl.constexpr, ZERO: gl.constexpr, SI
 
 @gluon.jit
 def _projected(tile, inside, gammas, betas, routes, eps, queries, values, E: gl.constexpr, HEADS: gl.constexpr, ZERO: gl.constexpr,
-               SIGNED: gl.constexpr, C: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr, L: gl.constexpr):  # fmt: skip
+               SIGNED: gl.constexpr, C: gl.constexpr, T: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr, L: gl.constexpr):  # fmt: skip
     """Of a tile, each head's codes of queries as rows, and its values as groups of eight tokens."""
-    own1, own2, flags = _routed(tile, inside, gammas, betas, routes, eps, E, C, T, WARPS, L)
-    a1, a2, f = _operand(own1, C // 4, T, WARPS), _operand(own2, C // 4, T, WARPS), _operand(flags, 4, T, WARPS)
-    t1, t2, g = _transposed(own1, C // 4, T, WARPS), _transposed(own2, C // 4, T, WARPS), _transposed(flags, 4, T, WARPS)
+    own, other, flags = _routed(tile, inside, gammas, betas, routes, eps, E, C, T, WARPS, L)
     codes, groups = (), ()
     for h in gl.static_range(HEADS):
-        codes = codes + (_queries(f, a1, a2, queries[h], E, ZERO, SIGNED, T, WARPS),)
-        v = _transposed_product(g, t1, t2, values[h][2], values[h][0], values[h][1], E, T, WARPS)
+        codes = codes + (_queries(flags, own, other, queries[h], E, C, ZERO, SIGNED, T, GROUP, WARPS),)
+        v = _transposed_product(flags, own, other, values[h][2], values[h][0], values[h][1], E, C, T, WARPS)
         groups = groups + (_split_tokens(v, T, WARPS),)
     return codes, groups
 
 
 @gluon.jit
 def _attended(q, groups, contexts, bands, half, post, LOCAL: gl.constexpr, UNIT: gl.constexpr, WINDOW: gl.constexpr, T: gl.constexpr,
-              WARPS: gl.constexpr):  # fmt: skip
+              GROUP: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
     """A head's output as rows in float16: ½ v + q · context, normalised, + token convolution. `groups` start eight tokens before q."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     OWN: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     LA: gl.constexpr = gl.DotOperandLayout(0, OWN, 2)
-    LB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     R: gl.constexpr = 16 * WARPS * T
     here = _neighbours(groups, 1, 1, T, WARPS)
     acc = gl.full([R, 32], 0.0, gl.float32, MMA)
     if LOCAL:
         acc = _by_token(mma_v2(half.load(LA), here, _by_warp(acc, T, WARPS)), T, WARPS)
     a = _operand(q, 8, T, WARPS)
-    acc = mma_v2(a, contexts[0].load(LB), acc)
-    acc = mma_v2(a, contexts[1].load(LB), acc)
+    acc = _add_product(a, contexts[0], _start(acc, 32, GROUP, WARPS), 32, GROUP, WARPS)
+    acc = _end(_add_product(a, contexts[1], acc, 32, GROUP, WARPS), GROUP, WARPS)
     if UNIT:
         o = _as_rows(acc, 8, T, WARPS)
         square = gl.sum(gl.sum(o * o, 2), 1)
@@ -212,39 +231,37 @@ def _attended(q, groups, contexts, bands, half, post, LOCAL: gl.constexpr, UNIT:
 def attn_apply_kernel(
     x, gamma, beta, w1, b1, route1, context, conv, w2, b2, route2, out, N, steps, programs, parts, eps, scale, half, post,
     E1: gl.constexpr, E2: gl.constexpr, HEADS: gl.constexpr, OUT: gl.constexpr, ZERO: gl.constexpr, SIGNED: gl.constexpr, LOCAL: gl.constexpr,
-    UNIT: gl.constexpr, WINDOW: gl.constexpr, T: gl.constexpr, C: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    UNIT: gl.constexpr, WINDOW: gl.constexpr, T: gl.constexpr, GROUP: gl.constexpr, C: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The rest of the block for one of `programs` parts of a picture, steps · 16 · T tokens a warp."""
     L: gl.constexpr = rows_layout(C // 4, WARPS, T)
     L8: gl.constexpr = rows_layout(8, WARPS, T)
     L2: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
     L16: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
-    L4: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
+    L4: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, WARPS], [0, 1])
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    WIDE: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // C, C // 8, [1, 0])
-    HEAD: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    # Of one swizzle, whatever the width: see docs/performance.md for what two can do.
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
     NARROW: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     R: gl.constexpr = 16 * WARPS * T
     picture, part = gl.program_id(0) // programs, gl.program_id(0) % programs
 
-    columns = _place(gl.arange(0, C, gl.SliceLayout(0, L2)), C)
-    rows = gl.arange(0, 32, gl.SliceLayout(1, L2))
     back = _place(gl.arange(0, C, gl.SliceLayout(1, L2)), C)
     merged = gl.arange(0, 32, gl.SliceLayout(0, L2))
     queries, values, projections, contexts, bands, routes2 = (), (), (), (), (), ()
     for h in gl.static_range(HEADS):
-        queries = queries + (_head_weights(w1, b1, rows, columns, E1, OUT, C, WIDE, NARROW, L2, L16, 32 * h),)
-        values = values + (_head_weights(w1, b1, rows, columns, E1, OUT, C, WIDE, NARROW, L2, L16, OUT - C + 32 * h),)
-        first = _weights(w2, back, C, merged + 32 * h, 32, C, HEAD)
-        projections = projections + ((first, _weights(w2 + C * C, back, C, merged + 32 * h, 32, C, HEAD) if E2 == 2 else first),)
-        routes2 = routes2 + (_router(route2, merged + 32 * h, 32, C, HEAD, L2) if E2 == 2 else (0, 0),)
+        queries = queries + (_head_weights(w1, b1, 32 * h, E1, OUT, C, WIDE, NARROW, L2, L16),)
+        values = values + (_head_weights(w1, b1, OUT - C + 32 * h, E1, OUT, C, WIDE, NARROW, L2, L16),)
+        first = _weights(w2, back, C, merged + 32 * h, 32, C, WIDE)
+        projections = projections + ((first, _weights(w2 + C * C, back, C, merged + 32 * h, 32, C, WIDE) if E2 == 2 else first),)
+        routes2 = routes2 + (_router(route2, merged + 32 * h, 32, C, WIDE, L2) if E2 == 2 else (0, 0),)
         if WINDOW > 0:
             bands = bands + ((_band(conv + h * WINDOW, 0, 8, WINDOW, NARROW, L16), _band(conv + h * WINDOW, -8, 16, WINDOW, NARROW, L16)),)
         else:
             bands = bands + (0,)
     shift = _biases(b2, _place(gl.arange(0, C, gl.SliceLayout(1, L16)), C), C, E2, C, NARROW, L16)
     gammas, betas = _norm_parts(gamma, beta, C, L)
-    routes1 = _router(route1, columns, C, C, WIDE, L2) if E1 == 2 else (0, 0)
+    routes1 = _routers(route1, E1, C, WIDE, L2)
     k16 = gl.arange(0, 16, gl.SliceLayout(0, L16))[None, :] - gl.arange(0, 16, gl.SliceLayout(1, L16))[:, None]
     halves = gl.allocate_shared_memory(gl.float16, [16, 16], NARROW, gl.where(k16 == 0, half, 0.0).to(gl.float16))
 
@@ -254,14 +271,16 @@ def attn_apply_kernel(
     # Of a warp's first tile the last eight tokens are those before its run; results lie eight tokens behind what is loaded.
     token = (part * WARPS + r // 16 % WARPS) * (steps * 16 * T) + r // (16 * WARPS) * 16 + r % 16 + (8 - 16 * T)
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    own = gl.arange(0, C // 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    offsets = token[:, None, None] * C + lane * (C // 4) + own
+    more = gl.arange(0, C // 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    offsets = token[:, None, None] * C + lane * (C // 4) + more
     _wait_for_inputs(PDL)
     for h in gl.static_range(HEADS):
-        contexts = contexts + (_context(context + (picture * parts * HEADS + h) * 1024, parts, HEADS, scale, HEAD, L4),)
+        contexts = contexts + (_context(context + (picture * parts * HEADS + h) * 1024, parts, HEADS, scale, WIDE, L4),)
+    fence_async_shared()
+    barrier()
     tile = _tile(x, offsets, token, N, C)
     codes, groups = _projected(
-        tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, E1, HEADS, ZERO, SIGNED, C, T, WARPS, L
+        tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, E1, HEADS, ZERO, SIGNED, C, T, GROUP, WARPS, L
     )
     x_last, q_last, v_last = _split_rows(tile, C // 4, T, WARPS)[2 * T - 1], (), ()
     for h in gl.static_range(HEADS):
@@ -273,7 +292,7 @@ def attn_apply_kernel(
 
     for _step in range(steps):
         codes, groups = _projected(
-            tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, E1, HEADS, ZERO, SIGNED, C, T, WARPS, L
+            tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, E1, HEADS, ZERO, SIGNED, C, T, GROUP, WARPS, L
         )
         residual, x_last = _later(x_last, tile, C // 4, T, WARPS)
         # Under way while this tile is computed.
@@ -282,7 +301,7 @@ def attn_apply_kernel(
         heads, last, q_behind = (), (), ()
         for h in gl.static_range(HEADS):
             q, q_end = _later(q_last[h], codes[h], 8, T, WARPS)
-            o = _attended(q, v_last[h] + groups[h], contexts[h], bands[h], halves, post, LOCAL, UNIT, WINDOW, T, WARPS)
+            o = _attended(q, v_last[h] + groups[h], contexts[h], bands[h], halves, post, LOCAL, UNIT, WINDOW, T, GROUP, WARPS)
             heads, q_behind, last = heads + (o,), q_behind + (q_end,), last + ((groups[h][2 * T - 2], groups[h][2 * T - 1]),)
             if E2 == 2:
                 lead = _lead(_operand(o, 8, T, WARPS), routes2[h], lead, WARPS)
@@ -291,14 +310,15 @@ def attn_apply_kernel(
         mine, other, flags = _shares(lead, done < N, E2, T, WARPS, L)
         LB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
         y = mma_v2(_operand(flags, 4, T, WARPS), shift.permute((1, 0)).load(LB), gl.full([R, C], 0.0, gl.float32, MMA))
+        y = _start(y, C, GROUP, WARPS)
         for h in gl.static_range(HEADS):
             o = heads[h]
             if E2 == 2:
                 theirs = _times(o, gl.convert_layout(other, gl.SliceLayout(2, L8), assert_trivial=True)[:, :, None])
-                y = mma_v2(_operand(theirs, 8, T, WARPS), projections[h][1].permute((1, 0)).load(LB), y)
+                y = _add_product(_operand(theirs, 8, T, WARPS), projections[h][1], y, C, GROUP, WARPS)
                 o = _times(o, gl.convert_layout(mine, gl.SliceLayout(2, L8), assert_trivial=True)[:, :, None])
-            y = mma_v2(_operand(o, 8, T, WARPS), projections[h][0].permute((1, 0)).load(LB), y)
-        y = _as_rows(y, C // 4, T, WARPS) + residual.to(gl.float32)
+            y = _add_product(_operand(o, 8, T, WARPS), projections[h][0], y, C, GROUP, WARPS)
+        y = _as_rows(_end(y, GROUP, WARPS), C // 4, T, WARPS) + residual.to(gl.float32)
         gl.store(out + (offsets - 8 * C), y.to(out.dtype.element_ty), mask=(done < N)[:, None, None] & (offsets == offsets))
         token += 16 * T
         offsets += 16 * T * C

@@ -10,6 +10,7 @@ changes threads.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..conv_mlp.pieces import _doubling
 
@@ -89,26 +90,59 @@ def _as_rows(acc, I: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr):  # noq
 
 
 @gluon.jit
-def _product(flags, own, other, bias, first, second, E: gl.constexpr, N: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr):
-    """Each token's bias plus its expert's product: left operands times rows of weights."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    L: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    acc = mma_v2(flags, bias.permute((1, 0)).load(L), gl.full([16 * WARPS * T, N], 0.0, gl.float32, MMA))
-    acc = mma_v2(own, first.permute((1, 0)).load(L), acc)
-    if E == 2:
-        acc = mma_v2(other, second.permute((1, 0)).load(L), acc)
+def _start(acc, N: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
+    """Sums (tokens, N) to which products are added: by each warp, which loads the weights into registers, or by the GROUP of four, which reads
+    them where they are, until `_end`."""
+    if GROUP:
+        acc = gl.convert_layout(acc, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16]), assert_trivial=True)
     return acc
 
 
 @gluon.jit
-def _transposed_product(flags, own, other, bias, first, second, E: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr):
-    """The same of 32 channels, transposed: (channels, tokens) in float16."""
+def _add_product(left, weights, acc, N: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
+    """acc + left · weightsᵀ."""
+    if GROUP:
+        L: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16]), 2)
+        acc = warpgroup_mma(gl.convert_layout(left, L, assert_trivial=True), weights.permute((1, 0)), acc, is_async=True)
+    else:
+        LB: gl.constexpr = gl.DotOperandLayout(1, gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]), 2)
+        acc = mma_v2(left, weights.permute((1, 0)).load(LB), acc)
+    return acc
+
+
+@gluon.jit
+def _end(acc, GROUP: gl.constexpr, WARPS: gl.constexpr):
+    """The finished sums."""
+    if GROUP:
+        acc = warpgroup_mma_wait(0, (acc,))
+        acc = gl.convert_layout(acc, gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]), assert_trivial=True)
+    return acc
+
+
+@gluon.jit
+def _product(flags, own, other, bias, first, second, E: gl.constexpr, K: gl.constexpr, T: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
+    """Each token's bias plus its expert's product, of 32 channels: chunks of K channels times rows of weights."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    L: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    acc = mma_v2(_operand(flags, 4, T, WARPS), bias.permute((1, 0)).load(L), gl.full([16 * WARPS * T, 32], 0.0, gl.float32, MMA))
+    acc = _start(acc, 32, GROUP, WARPS)
+    for k in gl.static_range(K // 32):
+        acc = _add_product(_operand(own[k], 8, T, WARPS), first[k], acc, 32, GROUP, WARPS)
+        if E == 2:
+            acc = _add_product(_operand(other[k], 8, T, WARPS), second[k], acc, 32, GROUP, WARPS)
+    return _end(acc, GROUP, WARPS)
+
+
+@gluon.jit
+def _transposed_product(flags, own, other, bias, first, second, E: gl.constexpr, K: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr):
+    """The same, transposed: (channels, tokens) in float16."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     L: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    acc = mma_v2(bias.load(L), flags, gl.full([32, 16 * WARPS * T], 0.0, gl.float32, MMA))
-    acc = mma_v2(first.load(L), own, acc)
-    if E == 2:
-        acc = mma_v2(second.load(L), other, acc)
+    acc = mma_v2(bias.load(L), _transposed(flags, 4, T, WARPS), gl.full([32, 16 * WARPS * T], 0.0, gl.float32, MMA))
+    for k in gl.static_range(K // 32):
+        acc = mma_v2(first[k].load(L), _transposed(own[k], 8, T, WARPS), acc)
+        if E == 2:
+            acc = mma_v2(second[k].load(L), _transposed(other[k], 8, T, WARPS), acc)
     return acc.to(gl.float16)
 
 
@@ -120,7 +154,7 @@ def _column(acc, WARPS: gl.constexpr, T: gl.constexpr):
 
 @gluon.jit
 def _lead(a, route, lead, WARPS: gl.constexpr):
-    """lead + how far the second expert's logit leads, in two columns."""
+    """lead + what 32 channels add to how far the second expert's logit leads, in two columns."""
     L: gl.constexpr = gl.DotOperandLayout(1, gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8]), 2)
     lead = mma_v2(a, route[0].permute((1, 0)).load(L), lead)
     return mma_v2(a, route[1].permute((1, 0)).load(L), lead)
@@ -156,6 +190,18 @@ def _normalised(tile, gamma, beta, eps, C: gl.constexpr, L: gl.constexpr):
     a = a - (gl.sum(gl.sum(a, 2), 1) / C)[:, None, None]
     a = a * gl.rsqrt(gl.sum(gl.sum(a * a, 2), 1) / C + eps)[:, None, None]
     return (a * gamma.load(gl.SliceLayout(0, L))[None, :, :] + beta.load(gl.SliceLayout(0, L))[None, :, :]).to(gl.float16)
+
+
+@gluon.jit
+def _chunks(rows, C: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr):
+    """Rows as chunks of the 32 channels that stand side by side in a product."""
+    if C == 32:
+        chunks = (rows,)
+    else:
+        first, second = gl.split(gl.permute(gl.reshape(rows, [16 * WARPS * T, 4, 2, 8]), [0, 1, 3, 2]))
+        L: gl.constexpr = rows_layout(8, WARPS, T)
+        chunks = (gl.convert_layout(first, L, assert_trivial=True), gl.convert_layout(second, L, assert_trivial=True))
+    return chunks
 
 
 @gluon.jit

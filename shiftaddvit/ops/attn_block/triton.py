@@ -24,7 +24,8 @@ def runs_of(tokens: int, tile: Tile, most_parts: int | None = None) -> tuple[int
 
 
 def attn_tile(kernel: str, pictures: int, tokens: int, channels: int, experts: int, device: torch.device) -> Tile:
-    """`m` tokens a step of a program, 16 or 32 a warp; `k` steps at most; `n` is not used."""
+    """`m` tokens a step of a program, 16 or 32 a warp; `k` steps at most; with `stages` = 2 products of the second kernel are those of four
+    warps together, where that can be, with 1 those of each warp. `n` is not used."""
     count = processors(device)
 
     def cost(longest: int) -> float:
@@ -34,7 +35,9 @@ def attn_tile(kernel: str, pictures: int, tokens: int, channels: int, experts: i
 
     usual = Tile(16 * WARPS, 32, min((64, 32, 16, 8, 4, 2, 1), key=cost), WARPS)
     problem = key(f"attn_{kernel}{experts}", pictures, tokens, channels)
-    return pick(device, problem, usual, m=(16 * WARPS, 32 * WARPS), k=(1, 64))
+    # Of 64 channels both would spill.
+    more = {"m": (16 * WARPS, 32 * WARPS), "stages": (1, 2 if kernel == "apply" else 1)} if channels == 32 else {}
+    return pick(device, problem, usual, k=(1, 64), **more)
 
 
 def scales(tokens: int, context_mean: bool) -> tuple[float, float, float]:
@@ -69,6 +72,6 @@ def attn_block(
     attn_apply_kernel[(pictures * programs,)](
         x, gamma, beta, weight1, bias1, router1, context, conv, weight2, bias2, router2, out, tokens, steps, programs, parts, eps,
         *scales(tokens, context_mean), E1=experts[0], E2=experts[1], LOCAL=local == "own", UNIT=output_unit,
-        WINDOW=0 if conv is None else conv.shape[1], T=tile.m // (16 * WARPS), **form,
+        WINDOW=0 if conv is None else conv.shape[1], T=tile.m // (16 * WARPS), GROUP=tile.stages > 1, **form,
     )  # fmt: skip
     return out
