@@ -89,16 +89,16 @@ def attn_block():
     # PVTv2-B0's first two stages; then other forms, and float16 tokens.
     sizes = [(b, n, c) for b in (1, 256) for n, c in ((3136, 32), (784, 64))]
     cases = [(f"attn_block x{e}{f} {b}x{n}x{c}", b, n, c, e, f, usual, torch.bfloat16) for b, n, c in sizes for e, f in ((1, 1), (2, 2))]
-    cases += [
-        (f"attn_block forms 256x{n}x{c}", 256, n, c, 2, 1, ("zero", "plus-minus", "none", False, False, True), half) for n, c in ((3136, 32), (784, 64))
-    ]
+    other = ("zero", "plus-minus", "none", False, False, True)
+    cases += [(f"attn_block forms 256x{n}x{c}", 256, n, c, 2, 1, other, half) for n, c in ((3136, 32), (784, 64))]
     for name, b, n, c, e, f, form, dtype in cases:
         # Of 64 channels more tokens a step, and products of four warps, spill.
         for m, stages in ((64, 1), (128, 1), (64, 2), (128, 2)) if c == 32 else ((64, 1),):
-            yield f"{name} m{m} s{stages}", lambda b=b, n=n, c=c, e=e, f=f, s=form, t=(m, stages), x=dtype: _tiled(kernels, *t, lambda: kernels.attn_block(
+            launch = lambda b=b, n=n, c=c, e=e, f=f, s=form, x=dtype: kernels.attn_block(  # noqa: E731
                 meta(b, n, c, dtype=x), 1e-6, meta(c, dtype=single), meta(c, dtype=single), *linear(e, 3 * c, c), meta(c // 32, 9, dtype=single),
                 *linear(f, c, c), c // 32, *s,
-            ))  # fmt: skip
+            )  # fmt: skip
+            yield f"{name} m{m} s{stages}", lambda m=m, s=stages, launch=launch: _tiled(kernels, m, s, launch)
 
 
 def _tiled(kernels, m, stages, launch):

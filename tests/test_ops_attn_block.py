@@ -88,10 +88,10 @@ def emulated(monkeypatch):
     """Makes the op's launches run the kernels' Python on the CPU, with runs of at most so many steps of 16 or 32 tokens a warp."""
     from gluon_emulation import Emulated
 
-    from shiftaddvit.ops.attn_block import kernels, pieces, triton
+    from shiftaddvit.ops.attn_block import apply, context, pieces, triton
 
-    for name in ("attn_context_kernel", "attn_apply_kernel"):
-        monkeypatch.setattr(triton, name, Emulated(getattr(kernels, name), pieces, kernels))
+    monkeypatch.setattr(triton, "attn_context_kernel", Emulated(context.attn_context_kernel, pieces, context))
+    monkeypatch.setattr(triton, "attn_apply_kernel", Emulated(apply.attn_apply_kernel, pieces, context, apply))
 
     def run(arguments, longest=64, tiles=1, parts=None, stages=1, rule="token", codes="zero-one", local="own", context_mean=True, output_unit=True):
         x, heads, norm, eps, qkv, conv, proj = arguments
@@ -126,8 +126,10 @@ def test_the_kernels_without_gluon_are_the_reference(emulated, batch, tokens, fi
 
 
 @needs_gluon
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("window", "shared", "channels", "tiles"), [(9, False, 32, 1), (17, True, 32, 2), (0, False, 64, 1), (3, True, 64, 2)])
+@pytest.mark.parametrize(
+    ("window", "shared", "channels", "tiles", "form"),
+    [(9, False, 32, 1, form) for form in FORMS] + [(17, True, 32, 2, FORMS[6]), (0, False, 64, 1, {}), (3, True, 64, 2, FORMS[2])],
+)
 def test_every_form_without_gluon(emulated, window, shared, channels, tiles, form):
     arguments = problem(2, 150, 2, 2, channels, window=window, shared=shared, dtype=torch.float16)
     near(emulated(arguments, 1, tiles, stages=tiles, **form), exact(*arguments, narrow=True, **form))

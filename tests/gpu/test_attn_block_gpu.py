@@ -27,8 +27,8 @@ def prepared(batch, tokens, first, second, channels=32, dtype=torch.bfloat16, **
     x, heads, norm, eps, qkv, conv, proj = problem(batch, tokens, first, second, channels, dtype=torch.float16, **more)
     gpu = lambda *tensors: tuple(t.cuda() if t is not None else None for t in tensors)  # noqa: E731
     qkv, proj = ((*gpu(weight, bias), router) for weight, bias, router in (qkv, proj))
-    routers = [part[2] for part in (qkv, proj)]
-    rows, plain = ([make(r) if r is not None else None for r in routers] for make in (lambda r: route_rows(r.cuda(), torch.float16), lambda r: r.cuda()))
+    plain = gpu(qkv[2], proj[2])
+    rows = [route_rows(router, torch.float16) if router is not None else None for router in plain]
     x, (conv,) = x.cuda().to(dtype), gpu(conv)
     both = [(x, heads, gpu(*norm), eps, (*qkv[:2], r[0]), conv, (*proj[:2], r[1])) for r in (rows, plain)]
     return both[0], both[1]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..tiling import Tile, key, pick, processors
-from .kernels import attn_apply_kernel, attn_context_kernel
+from .apply import attn_apply_kernel
+from .context import attn_context_kernel
 
 WARPS = 4
 """Of a program: they share weights in shared memory, and nothing else."""
@@ -26,12 +27,13 @@ def runs_of(tokens: int, tile: Tile, most_parts: int | None = None) -> tuple[int
 def attn_tile(kernel: str, pictures: int, tokens: int, channels: int, experts: int, device: torch.device) -> Tile:
     """`m` tokens a step of a program, 16 or 32 a warp; `k` steps at most; with `stages` = 2 products of the second kernel are those of four
     warps together, where that can be, with 1 those of each warp. `n` is not used."""
-    count = processors(device)
+    # As many as registers allow on a multiprocessor.
+    at_once = {("context", 32): 4, ("apply", 32): 3}.get((kernel, channels), 2) * processors(device)
 
     def cost(longest: int) -> float:
         """Of the busiest multiprocessor; starting a run costs about two steps."""
         programs, steps = runs_of(tokens, Tile(16 * WARPS, 32, longest, WARPS), MOST_PARTS if kernel == "context" else None)
-        return -(-pictures * programs // (4 * count)) * (steps + 2)
+        return -(-pictures * programs // at_once) * (steps + 2)
 
     usual = Tile(16 * WARPS, 32, min((64, 32, 16, 8, 4, 2, 1), key=cost), WARPS)
     problem = key(f"attn_{kernel}{experts}", pictures, tokens, channels)
