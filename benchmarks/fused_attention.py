@@ -18,7 +18,7 @@ from shiftaddvit.ops.timing import copies_for, time_call
 
 WORKERS = max(1, min(16, (os.cpu_count() or 2) - 1))
 # Forms of a kernel: tokens a step of a program, and whether products are each warp's (1) or those of four warps (2).
-FORMS = {32: ((64, 1), (64, 2), (128, 1), (128, 2)), 64: ((64, 1),)}
+FORMS = {32: ((64, 1), (64, 2), (128, 1), (128, 2)), 64: ((64, 1), (64, 2))}
 STAGES = ((3136, 32), (784, 64))
 # batch, tokens, channels, experts of qkv, of proj, tokens a step, kind of products, longest run of the second kernel.
 CHECKS = [(b, n, c, e, f, m, s, k) for (b, n) in ((1, 49), (3, 784), (2, 117)) for c in (32, 64) for (m, s) in FORMS[c]

@@ -122,6 +122,7 @@ WITHOUT_GLUON = {
     "gl": GL, "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(), "warpgroup_mma": Flight.start, "fence_async_shared": lambda: None,
     "warpgroup_mma_wait": lambda count, flights: flights[0].land() if isinstance(flights[0], Flight) else flights[0], "barrier": lambda: None, "_add": rounded_sum, "_from_lane": from_lane,
     "_times": lambda a, b: a * b, "_gelu": lambda half: F.gelu(2 * half.float()).half(), "_wait_for_inputs": lambda pdl: None,
+    "_pairs": lambda x: Pointer(x.memory.view(torch.int32), x.offset // 2), "_floats": lambda pairs, dtype: pairs.view(dtype).float(),
     "_above": lambda values, level: (values > level).half(), "_down": rounded_down,
     **dict.fromkeys(("adjacent_layout", "column_layout", "out_layout", "rows_layout", "tap_layout"), lambda *a: None),
 }  # fmt: skip

@@ -31,7 +31,7 @@ def problem(batch, tokens, first, second, channels=32, heads=None, window=9, sha
     )  # fmt: skip
     conv = random(heads, window) * 0.3 if window else None
     norm = random(channels) + 1, random(channels, seed=1)
-    return random(batch, tokens, channels), heads, norm, 1e-6, linear(first, outputs, 2), conv, linear(second, channels, 3)
+    return random(batch, tokens, channels).to(dtype), heads, norm, 1e-6, linear(first, outputs, 2), conv, linear(second, channels, 3)
 
 
 def exact(x, heads, norm, eps, qkv, conv, proj, rule="token", codes="zero-one", local="own", context_mean=True, output_unit=True, narrow=False):

@@ -8,9 +8,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..conv_mlp.kernels import _wait_for_inputs
 from ..conv_mlp.pieces import _times, barrier
-from .context import _head_weights, _norm_parts, _routed, _routers, _tile
+from .context import _head_weights, _norm_parts, _offsets, _routed, _routers, _tile
 from .pieces import (
-    _above, _add_product, _as_rows, _biases, _by_token, _by_warp, _column, _down, _end, _later, _lead, _neighbours, _operand, _place, _product,
+    _above, _add_product, _as_rows, _biases, _by_token, _by_warp, _column, _down, _end, _floats, _later, _lead, _neighbours, _operand, _pairs, _place, _product,
     _router, _shares, _split_rows, _split_tokens, _start, _transposed_product, _weights, rows_layout,
 )  # fmt: skip
 
@@ -63,11 +63,11 @@ def _queries(
 
 @gluon.jit
 def _projected(
-    tile, inside, gammas, betas, routes, eps, queries, values, E: gl.constexpr, HEADS: gl.constexpr, ZERO: gl.constexpr, SIGNED: gl.constexpr,
-    C: gl.constexpr, T: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr, L: gl.constexpr,
+    tile, inside, gammas, betas, routes, eps, queries, values, X: gl.constexpr, E: gl.constexpr, HEADS: gl.constexpr, ZERO: gl.constexpr,
+    SIGNED: gl.constexpr, C: gl.constexpr, T: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Of a tile, each head's codes of queries as rows, and its values as groups of eight tokens."""
-    own, other, flags = _routed(tile, inside, gammas, betas, routes, eps, E, C, T, WARPS, L)
+    own, other, flags = _routed(tile, inside, gammas, betas, routes, eps, X, E, C, T, WARPS)
     codes, groups = (), ()
     for h in gl.static_range(HEADS):
         codes = codes + (_queries(flags, own, other, queries[h], E, C, ZERO, SIGNED, T, GROUP, WARPS),)
@@ -117,6 +117,8 @@ def attn_apply_kernel(
 ):  # fmt: skip
     """The rest of the block for one of `programs` parts of a picture, steps · 16 · T tokens a warp."""
     L: gl.constexpr = rows_layout(C // 4, WARPS, T)
+    LP: gl.constexpr = rows_layout(C // 8, WARPS, T)
+    X: gl.constexpr = x.dtype.element_ty
     L8: gl.constexpr = rows_layout(8, WARPS, T)
     L2: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
     L16: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
@@ -147,38 +149,38 @@ def attn_apply_kernel(
     k16 = gl.arange(0, 16, gl.SliceLayout(0, L16))[None, :] - gl.arange(0, 16, gl.SliceLayout(1, L16))[:, None]
     halves = gl.allocate_shared_memory(gl.float16, [16, 16], NARROW, gl.where(k16 == 0, half, 0.0).to(gl.float16))
 
-    x += picture.to(gl.int64) * N * C
+    pairs = _pairs(x + picture.to(gl.int64) * N * C)
     out += picture.to(gl.int64) * N * C
-    r = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    r = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, LP)))
     # Of a warp's first tile the last eight tokens are those before its run; results lie eight tokens behind what is loaded.
     token = (part * WARPS + r // 16 % WARPS) * (steps * 16 * T) + r // (16 * WARPS) * 16 + r % 16 + (8 - 16 * T)
-    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    more = gl.arange(0, C // 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    offsets = token[:, None, None] * C + lane * (C // 4) + more
+    offsets = _offsets(token, C // 8, LP)
     _wait_for_inputs(PDL)
     for h in gl.static_range(HEADS):
         contexts = contexts + (_context(context + (picture * parts * HEADS + h) * 1024, parts, HEADS, scale, WIDE, L4),)
     fence_async_shared()
     barrier()
-    tile = _tile(x, offsets, token, N, C)
+    tile = _tile(pairs, offsets, token, N)
     codes, groups = _projected(
-        tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, E1, HEADS, ZERO, SIGNED, C, T, GROUP, WARPS, L
+        tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, X, E1, HEADS, ZERO, SIGNED, C, T, GROUP, WARPS
     )
-    x_last, q_last, v_last = _split_rows(tile, C // 4, T, WARPS)[2 * T - 1], (), ()
+    q_last, v_last = (), ()
     for h in gl.static_range(HEADS):
         q_last = q_last + (_split_rows(codes[h], 8, T, WARPS)[2 * T - 1],)
         v_last = v_last + ((groups[h][2 * T - 2], groups[h][2 * T - 1]),)
     token += 16 * T
-    offsets += 16 * T * C
-    tile = _tile(x, offsets, token, N, C)
+    offsets += 8 * T * C
+    places = _offsets(token - 8, C // 4, L)
+    tile = _tile(pairs, offsets, token, N)
 
     for _step in range(steps):
+        # Read once more: it is near, and to keep it would take registers.
+        residual = _tile(pairs, offsets - 4 * C, token - 8, N)
         codes, groups = _projected(
-            tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, E1, HEADS, ZERO, SIGNED, C, T, GROUP, WARPS, L
+            tile, (token >= 0) & (token < N), gammas, betas, routes1, eps, queries, values, X, E1, HEADS, ZERO, SIGNED, C, T, GROUP, WARPS
         )
-        residual, x_last = _later(x_last, tile, C // 4, T, WARPS)
         # Under way while this tile is computed.
-        tile = _tile(x, offsets + 16 * T * C, token + 16 * T, N, C)
+        tile = _tile(pairs, offsets + 8 * T * C, token + 16 * T, N)
         lead = gl.full([R, 8], 0.0, gl.float32, MMA)
         heads, last, q_behind = (), (), ()
         for h in gl.static_range(HEADS):
@@ -188,7 +190,7 @@ def attn_apply_kernel(
             if E2 == 2:
                 lead = _lead(_operand(o, 8, T, WARPS), routes2[h], lead, WARPS)
         q_last, v_last = q_behind, last
-        done = token - 8
+        done = gl.convert_layout(token - 8, gl.SliceLayout(1, gl.SliceLayout(2, L)), assert_trivial=True)
         mine, other, flags = _shares(lead, done < N, E2, T, WARPS, L)
         LB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
         y = mma_v2(_operand(flags, 4, T, WARPS), shift.permute((1, 0)).load(LB), gl.full([R, C], 0.0, gl.float32, MMA))
@@ -200,7 +202,8 @@ def attn_apply_kernel(
                 y = _add_product(_operand(theirs, 8, T, WARPS), projections[h][1], y, C, GROUP, WARPS)
                 o = _times(o, gl.convert_layout(mine, gl.SliceLayout(2, L8), assert_trivial=True)[:, :, None])
             y = _add_product(_operand(o, 8, T, WARPS), projections[h][0], y, C, GROUP, WARPS)
-        y = _as_rows(_end(y, GROUP, WARPS), C // 4, T, WARPS) + residual.to(gl.float32)
-        gl.store(out + (offsets - 8 * C), y.to(out.dtype.element_ty), mask=(done < N)[:, None, None] & (offsets == offsets))
+        y = _as_rows(_end(y, GROUP, WARPS), C // 4, T, WARPS) + gl.convert_layout(_floats(residual, X), L, assert_trivial=True)
+        gl.store(out + places, y.to(X), mask=(done < N)[:, None, None] & (places == places))
         token += 16 * T
-        offsets += 16 * T * C
+        offsets += 8 * T * C
+        places += 16 * T * C

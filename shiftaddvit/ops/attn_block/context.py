@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from ..conv_mlp.kernels import _wait_for_inputs
 from ..conv_mlp.pieces import _times, barrier
 from .pieces import (
-    _above, _biases, _chunks, _down, _lead, _normalised, _operand, _place, _router, _shares, _transposed_product, _weights, rows_layout,
+    _above, _biases, _chunks, _down, _floats, _lead, _normalised, _operand, _pairs, _place, _router, _shares, _transposed_product, _weights, rows_layout,
 )  # fmt: skip
 
 
@@ -50,16 +50,20 @@ def _routers(route, E: gl.constexpr, C: gl.constexpr, shared: gl.constexpr, L: g
 
 
 @gluon.jit
-def _routed(tile, inside, gammas, betas, routes, eps, E: gl.constexpr, C: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr, L: gl.constexpr):
-    """LayerNorm and router: the rows of either expert, in chunks, zero where they are the other's or outside the picture, and flags."""
+def _routed(
+    tile, inside, gammas, betas, routes, eps, X: gl.constexpr, E: gl.constexpr, C: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """LayerNorm and router of tokens of dtype X: the rows of either expert, in chunks, zero where they are the other's or outside the picture, and flags."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    L: gl.constexpr = rows_layout(C // 4, WARPS, T)
     L8: gl.constexpr = rows_layout(8, WARPS, T)
-    chunks = _chunks(_normalised(tile, gammas, betas, eps, C, L), C, T, WARPS)
+    a = gl.convert_layout(_floats(tile, X), L, assert_trivial=True)
+    chunks = _chunks(_normalised(a, gammas, betas, eps, C, L), C, T, WARPS)
     lead = gl.full([16 * WARPS * T, 8], 0.0, gl.float32, MMA)
     if E == 2:
         for k in gl.static_range(C // 32):
             lead = _lead(_operand(chunks[k], 8, T, WARPS), routes[k], lead, WARPS)
-    mine, theirs, flags = _shares(lead, inside, E, T, WARPS, L)
+    mine, theirs, flags = _shares(lead, inside, E, T, WARPS, rows_layout(C // 8, WARPS, T))
     mine = gl.convert_layout(mine, gl.SliceLayout(2, L8), assert_trivial=True)
     theirs = gl.convert_layout(theirs, gl.SliceLayout(2, L8), assert_trivial=True)
     own, other = (), ()
@@ -71,10 +75,18 @@ def _routed(tile, inside, gammas, betas, routes, eps, E: gl.constexpr, C: gl.con
 
 
 @gluon.jit
-def _tile(x, offsets, token, N, C: gl.constexpr):
+def _tile(pairs, offsets, token, N):
     """Those tokens, zero where there are none."""
     inside = (token >= 0) & (token < N)
-    return gl.load(x + offsets, mask=inside[:, None, None] & (offsets == offsets), other=0.0)
+    return gl.load(pairs + offsets, mask=inside[:, None, None] & (offsets == offsets), other=0)
+
+
+@gluon.jit
+def _offsets(token, I: gl.constexpr, L: gl.constexpr):  # noqa: E741
+    """Where four lanes find their I values of a token, of 4 · I."""
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    own = gl.arange(0, I, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    return gl.convert_layout(token, gl.SliceLayout(1, gl.SliceLayout(2, L)), assert_trivial=True)[:, None, None] * (4 * I) + lane * I + own
 
 
 @gluon.jit(do_not_specialize=["steps", "programs"])
@@ -85,6 +97,8 @@ def attn_context_kernel(
     """Σ kᵀv over one of `programs` parts of a picture, steps · 16 · T tokens a warp. Keys are the weights' rows from KEYS on, values the
     last C."""
     L: gl.constexpr = rows_layout(C // 4, WARPS, T)
+    LP: gl.constexpr = rows_layout(C // 8, WARPS, T)
+    X: gl.constexpr = x.dtype.element_ty
     L2: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
     L16: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
@@ -102,23 +116,21 @@ def attn_context_kernel(
     gammas, betas = _norm_parts(gamma, beta, C, L)
     routes = _routers(route, E, C, WIDE, L2)
 
-    x += picture.to(gl.int64) * N * C
-    r = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    pairs = _pairs(x + picture.to(gl.int64) * N * C)
+    r = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, LP)))
     token = (part * WARPS + r // 16 % WARPS) * (steps * 16 * T) + r // (16 * WARPS) * 16 + r % 16
-    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    more = gl.arange(0, C // 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    offsets = token[:, None, None] * C + lane * (C // 4) + more
+    offsets = _offsets(token, C // 8, LP)
     # All weights are in place: no barrier is needed inside the loop.
     barrier()
     _wait_for_inputs(PDL)
-    tile = _tile(x, offsets, token, N, C)
+    tile = _tile(pairs, offsets, token, N)
 
     for _step in range(steps):
-        own, other, flags = _routed(tile, token < N, gammas, betas, routes, eps, E, C, T, WARPS, L)
+        own, other, flags = _routed(tile, token < N, gammas, betas, routes, eps, X, E, C, T, WARPS)
         token += 16 * T
-        offsets += 16 * T * C
+        offsets += 8 * T * C
         # Under way while this tile is computed.
-        tile = _tile(x, offsets, token, N, C)
+        tile = _tile(pairs, offsets, token, N)
         sums = ()
         for h in gl.static_range(HEADS):
             k = _transposed_product(flags, own, other, keys[h][2], keys[h][0], keys[h][1], E, C, T, WARPS)

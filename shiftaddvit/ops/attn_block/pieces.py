@@ -32,7 +32,24 @@ def _above(values, level):
 @gluon.jit
 def _down(value):
     """The largest float16 that is not above a float32: float16 values are above the one where they are above the other."""
-    return gl.inline_asm_elementwise("cvt.rm.f16.f32 $0, $1;", "=h,r", [value], dtype=gl.float16, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise("cvt.rm.f16.f32 $0, $1;", "=h,f", [value], dtype=gl.float16, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _pairs(x):
+    """Tokens as pairs of channels: of single ones a loop would keep each in a register of its own."""
+    return x.to(gl.pointer_type(gl.int32), bitcast=True)
+
+
+@gluon.jit
+def _floats(pairs, T: gl.constexpr):
+    """Rows of pairs of channels of dtype T as rows of channels in float32."""
+    if T == gl.bfloat16:
+        low, high = (pairs << 16).to(gl.float32, bitcast=True), (pairs & -65536).to(gl.float32, bitcast=True)
+    else:
+        low = pairs.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+        high = (pairs >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    return gl.reshape(gl.join(low, high), [pairs.shape[0], 4, 2 * pairs.shape[2]])
 
 
 @gluon.jit
@@ -184,9 +201,8 @@ def _shares(lead, inside, E: gl.constexpr, T: gl.constexpr, WARPS: gl.constexpr,
 
 
 @gluon.jit
-def _normalised(tile, gamma, beta, eps, C: gl.constexpr, L: gl.constexpr):
+def _normalised(a, gamma, beta, eps, C: gl.constexpr, L: gl.constexpr):
     """LayerNorm of rows, rounded."""
-    a = tile.to(gl.float32)
     a = a - (gl.sum(gl.sum(a, 2), 1) / C)[:, None, None]
     a = a * gl.rsqrt(gl.sum(gl.sum(a * a, 2), 1) / C + eps)[:, None, None]
     return (a * gamma.load(gl.SliceLayout(0, L))[None, :, :] + beta.load(gl.SliceLayout(0, L))[None, :, :]).to(gl.float16)

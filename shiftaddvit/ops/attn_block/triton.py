@@ -28,7 +28,7 @@ def attn_tile(kernel: str, pictures: int, tokens: int, channels: int, experts: i
     """`m` tokens a step of a program, 16 or 32 a warp; `k` steps at most; with `stages` = 2 products of the second kernel are those of four
     warps together, where that can be, with 1 those of each warp. `n` is not used."""
     # As many as registers allow on a multiprocessor.
-    at_once = {("context", 32): 4, ("apply", 32): 3}.get((kernel, channels), 2) * processors(device)
+    at_once = {("context", 32): 5, ("apply", 32): 5, ("apply", 64): 3}.get((kernel, channels), 2) * processors(device)
 
     def cost(longest: int) -> float:
         """Of the busiest multiprocessor; starting a run costs about two steps."""
@@ -37,9 +37,9 @@ def attn_tile(kernel: str, pictures: int, tokens: int, channels: int, experts: i
 
     usual = Tile(16 * WARPS, 32, min((64, 32, 16, 8, 4, 2, 1), key=cost), WARPS)
     problem = key(f"attn_{kernel}{experts}", pictures, tokens, channels)
-    # Of 64 channels both would spill.
-    more = {"m": (16 * WARPS, 32 * WARPS), "stages": (1, 2 if kernel == "apply" else 1)} if channels == 32 else {}
-    return pick(device, problem, usual, k=(1, 64), **more)
+    # More tokens at a time of 64 channels would spill.
+    most = 32 * WARPS if channels == 32 else 16 * WARPS
+    return pick(device, problem, usual, m=(16 * WARPS, most), k=(1, 64), stages=(1, 2 if kernel == "apply" else 1))
 
 
 def scales(tokens: int, context_mean: bool) -> tuple[float, float, float]:
