@@ -146,7 +146,14 @@ def attn_context_kernel(
             sums = sums + (mma_v2(code, v, totals[h]),)
         totals = sums
 
-    S: gl.constexpr = gl.SliceLayout(0, MANY)
-    i = gl.arange(0, 32, gl.SliceLayout(1, S))[:, None] * 32 + gl.arange(0, 32, gl.SliceLayout(0, S))[None, :]
+    LS: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
+    i = gl.arange(0, 32, gl.SliceLayout(1, LS))[:, None] * 32 + gl.arange(0, 32, gl.SliceLayout(0, LS))[None, :]
+    shared = gl.allocate_shared_memory(gl.float32, [32 * WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for h in gl.static_range(HEADS):
-        gl.store(context + ((gl.program_id(0) * HEADS + h) * 1024 + i), gl.sum(totals[h], 0), mask=i >= 0)
+        barrier()
+        shared.store(gl.reshape(totals[h], [32 * WARPS, 32]))
+        barrier()
+        total = shared.slice(0, 32).load(LS)
+        for warp in gl.static_range(1, WARPS):
+            total += shared.slice(32 * warp, 32).load(LS)
+        gl.store(context + ((gl.program_id(0) * HEADS + h) * 1024 + i), total, mask=i >= 0)
