@@ -149,7 +149,8 @@ def main():
                 first, second = alone(rest)
                 for m, s in FORMS[c]:
                     try:
-                        ones = {k: 0.0 for k in contexts} if s > 1 else {}
+                        # The first kernel has one kind of products only.
+                        ones = {} if s == 1 else ones
                         for k in contexts if s == 1 else ():
                             tiled(m, s, k, 16)
                             ones[k] = measure(first)
@@ -160,7 +161,7 @@ def main():
                         k1, k2 = min(ones, key=ones.get), min(twos, key=twos.get)
                         tiled(m, s, k1, k2)
                         both = measure(lambda x: attn_block(x, *rest, backend="triton"))
-                        show = lambda times: " ".join(f"{k}:{us:.1f}" for k, us in times.items() if us)
+                        show = lambda times: " ".join(f"{k}:{us:.1f}" for k, us in times.items())
                         line.append((both, f"{m}/{s} {both:.1f} (contexts {show(ones)}; rest {show(twos)})"))
                     except Exception as problem_:
                         line.append((math.inf, f"{m}/{s} {type(problem_).__name__}: {str(problem_)[:80]}"))

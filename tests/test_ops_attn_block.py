@@ -1,7 +1,12 @@
 """A whole block of linear attention in one op: the reference is the block in float64, and the kernels' own Python, run with torch in place of
 Gluon, is the reference for pictures of every size, however they are cut into runs."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +169,20 @@ def test_nan_stays_in_its_picture(emulated):
     y = emulated(arguments, 1)
     assert y[0].isfinite().all() and y[1, 40].isnan().all()
     near(y[:1], exact(*arguments, narrow=True)[:1])
+
+
+@needs_gluon
+@pytest.mark.slow
+def test_the_compiled_kernels_are_the_reference(tmp_path):
+    # A program of its own, because this one runs kernels in Triton's interpreter; a fresh cache, so that the compiler is what is tested.
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, Path(__file__).parent / "ops_run.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(cases) == 4
+    for case in cases:
+        assert case["finite"] and case["worst"] < 0.02 and case["median"] < (3e-3 if "bfloat16" in case["case"] else 5e-4), case
 
 
 def test_opcheck_and_compile():
