@@ -28,7 +28,7 @@ def attn_tile(kernel: str, pictures: int, tokens: int, channels: int, experts: i
     """`m` tokens a step of a program, 16 or 32 a warp; `k` steps at most; with `stages` = 2 products of the second kernel are those of four
     warps together, where that can be, with 1 those of each warp. `n` is not used."""
     # As many as registers allow on a multiprocessor.
-    at_once = {("context", 32): 5, ("apply", 32): 5, ("apply", 64): 3}.get((kernel, channels), 2) * processors(device)
+    at_once = {("context", 32): 4, ("apply", 32): 5, ("apply", 64): 3}.get((kernel, channels), 2) * processors(device)
 
     def cost(longest: int) -> float:
         """Of the busiest multiprocessor; starting a run costs about two steps."""
