@@ -55,7 +55,10 @@ class Flight:
     read: Tensor
 
     @classmethod
-    def start(cls, a, b, acc, use_acc, is_async):
+    def start(cls, a, b, acc, use_acc=True, is_async=False):
+        if isinstance(a, Tensor):
+            assert use_acc and is_async
+            return acc + a.float() @ b.memory.float()
         assert not use_acc and is_async and acc.shape == (a.memory.shape[0], b.memory.shape[1])
         return cls(a, b, a.memory.clone())
 
@@ -100,6 +103,11 @@ def from_lane(value, way, lanes):
     return moved.reshape(value.shape)
 
 
+def rounded_down(value):
+    near = value.half()
+    return torch.where(near.float() > value, torch.nextafter(near, torch.tensor(-torch.inf, dtype=torch.float16)), near)
+
+
 GL = types.SimpleNamespace(
     float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=torch.int64, constexpr=None, static_range=range,
     arange=lambda start, end, layout: torch.arange(start, end), full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -112,9 +120,11 @@ GL = types.SimpleNamespace(
 )  # fmt: skip
 WITHOUT_GLUON = {
     "gl": GL, "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(), "warpgroup_mma": Flight.start, "fence_async_shared": lambda: None,
-    "warpgroup_mma_wait": lambda count, flights: flights[0].land(), "barrier": lambda: None, "_add": rounded_sum, "_from_lane": from_lane,
+    "warpgroup_mma_wait": lambda count, flights: flights[0].land() if isinstance(flights[0], Flight) else flights[0], "barrier": lambda: None, "_add": rounded_sum, "_from_lane": from_lane,
     "_times": lambda a, b: a * b, "_gelu": lambda half: F.gelu(2 * half.float()).half(), "_wait_for_inputs": lambda pdl: None,
-    **dict.fromkeys(("adjacent_layout", "column_layout", "out_layout", "tap_layout"), lambda *a: None),
+    "_pairs": lambda x: Pointer(x.memory.view(torch.int32), x.offset // 2), "_floats": lambda pairs, dtype: pairs.view(dtype).float(),
+    "_above": lambda values, level: (values > level).half(), "_down": rounded_down,
+    **dict.fromkeys(("adjacent_layout", "column_layout", "out_layout", "rows_layout", "tap_layout"), lambda *a: None),
 }  # fmt: skip
 
 

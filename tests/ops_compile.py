@@ -44,6 +44,12 @@ def record_launches(launch) -> list[tuple]:
 
 def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
     """Registers, spills, shared memory and matrix instructions of one launch, and the assembler's mistakes."""
+    result = compiled(kernel, args, kwargs)
+    return {"kernel": kernel.__name__, "warps": result.metadata.num_warps, "shared": result.metadata.shared} | inspect_code(result.asm["cubin"])
+
+
+def compiled(kernel: JITFunction, args: tuple, kwargs: dict):
+    """What a launch would run."""
     options = {name: kwargs[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
     named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     unknown = kwargs.keys() - {*kernel.arg_names, "num_warps", "num_stages", "launch_pdl", "grid", "warmup"}
@@ -63,10 +69,7 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict) -> dict:
                 attrs[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    compiled = triton.compile(source_of(kernel)(kernel, signature, constants, attrs), target=TARGET, options=options)
-    return {"kernel": kernel.__name__, "warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared} | inspect_code(
-        compiled.asm["cubin"]
-    )
+    return triton.compile(source_of(kernel)(kernel, signature, constants, attrs), target=TARGET, options=options)
 
 
 def source_of(kernel: JITFunction) -> type[ASTSource]:
@@ -103,11 +106,12 @@ def main(names: list[str]) -> None:
 
     tiling.processors = patch.processors = mixtures.processors = lambda device: 132
     if has_gluon():
+        from shiftaddvit.ops.attn_block import triton as block
         from shiftaddvit.ops.conv_mlp import triton as mlp
 
-        mlp.processors = tiling.processors
+        mlp.processors = block.processors = tiling.processors
     else:
-        del OPS["conv_mlp"]
+        del OPS["conv_mlp"], OPS["attn_block"]
     representative = names == ["--representative"]
     for op in OPS if representative or not names else names:
         for label, launch in OPS[op]():

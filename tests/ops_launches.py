@@ -80,6 +80,39 @@ def conv_mlp():
             )  # fmt: skip
 
 
+def attn_block():
+    from shiftaddvit.ops.attn_block import triton as kernels
+
+    single, half = torch.float32, torch.float16
+    linear = lambda e, n, k: (meta(e, n, k, dtype=half), meta(e, n, dtype=single), meta(16, k, dtype=half) if e == 2 else None)  # noqa: E731
+    usual = ("token", "zero-one", "own", True, True, True)
+    # PVTv2-B0's first two stages; then other forms, and float16 tokens.
+    sizes = [(b, n, c) for b in (1, 256) for n, c in ((3136, 32), (784, 64))]
+    cases = [(f"attn_block x{e}{f} {b}x{n}x{c}", b, n, c, e, f, usual, torch.bfloat16) for b, n, c in sizes for e, f in ((1, 1), (2, 2))]
+    other = ("zero", "plus-minus", "none", False, False, True)
+    cases += [(f"attn_block forms 256x{n}x{c}", 256, n, c, 2, 1, other, half) for n, c in ((3136, 32), (784, 64))]
+    for name, b, n, c, e, f, form, dtype in cases:
+        # More tokens a step of 64 channels would spill.
+        for m, stages in ((64, 1), (64, 2), (128, 1), (128, 2))[: 4 if c == 32 else 2]:
+            launch = lambda b=b, n=n, c=c, e=e, f=f, s=form, x=dtype: kernels.attn_block(  # noqa: E731
+                meta(b, n, c, dtype=x), 1e-6, meta(c, dtype=single), meta(c, dtype=single), *linear(e, 3 * c, c), meta(c // 32, 9, dtype=single),
+                *linear(f, c, c), c // 32, *s,
+            )  # fmt: skip
+            yield f"{name} m{m} s{stages}", lambda m=m, s=stages, launch=launch: _tiled(kernels, m, s, launch)
+
+
+def _tiled(kernels, m, stages, launch):
+    """The launch with `m` tokens a step of a program."""
+    from dataclasses import replace
+
+    usual = kernels.attn_tile
+    kernels.attn_tile = lambda *args: replace(usual(*args), m=m, stages=stages)
+    try:
+        launch()
+    finally:
+        kernels.attn_tile = usual
+
+
 def linear_attention():
     from shiftaddvit.ops.linear_attention import triton as kernels
 
@@ -292,6 +325,7 @@ OPS = {
     "norm_linear": norm_linear,
     "conv_gelu": conv_gelu,
     "conv_mlp": conv_mlp,
+    "attn_block": attn_block,
     "linear_attention": linear_attention,
     "moe_linear": moe_linear,
     "moe_train": moe_train,
@@ -308,6 +342,7 @@ OPS = {
 REPRESENTATIVE = (
     "matshift bf16 100352x64x512", "matshift packed 5", "matshift int8", "norm_linear x2 50176x160x640",
     "norm_linear x2 50176x640x160", "conv_gelu torch.float16 256x56x256", "conv_mlp x11 256x56x56x32", "conv_mlp x21 256x56x56x32",
+    "attn_block x22 256x3136x32 m64 s1", "attn_block x22 256x3136x32 m128 s2", "attn_block x22 256x784x64 m64 s1",
     "encode x2 256x196x160", "mix x2 256x784x64",
     "mix x2 256x197x192", "norm_linear x2 802816x32x256", "dual 50176x320x1280",
     "partition 50176x320x1280", "moe_train grad 262144x256x32", "moe_train grad 65536x64x64", "key_value 32x1x3136 r16", "patch_embed 256x3x224 k7", "patch_embed 256x160x14 k3",

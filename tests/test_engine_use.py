@@ -15,6 +15,7 @@ from shiftaddvit.engine.engine import largest_fitting
 from shiftaddvit.engine.weights import Preparation
 from shiftaddvit.errors import UserError
 from shiftaddvit.layers.shift import ShiftConfig, ShiftLinear
+from shiftaddvit.ops.attn_block import attn_block
 from shiftaddvit.ops.conv_gelu import conv_gelu
 from shiftaddvit.ops.conv_mlp import conv_mlp
 
@@ -219,6 +220,20 @@ def test_an_mlp_in_one_op_is_the_same(monkeypatch):
     monkeypatch.setattr("shiftaddvit.engine.mlp.fits", lambda *args: True)
     monkeypatch.setattr("shiftaddvit.engine.mlp.conv_mlp", lambda x, *args: seen.append(len(x)) or conv_mlp(x, *args))
     assert torch.allclose(program.run(x), expected, atol=1e-5) and set(seen) == {3}
+
+
+@pytest.mark.parametrize(("recipe", "taken"), [("ours-quant-moe", True), ("published", True), ("ours-ksh-moe", False), ("msa", False)])
+def test_attention_in_one_op_is_the_same(monkeypatch, recipe, taken):
+    model = published() if recipe == "published" else converted("pvt_v2", recipe)
+    program, x, seen = lower(model, torch.float32, SIZE), images(3), []
+    expected = program.run(x)
+    monkeypatch.setattr("shiftaddvit.engine.attention.fits", lambda *args: True)
+    monkeypatch.setattr("shiftaddvit.engine.attention.attn_block", lambda x, *args, **more: seen.append(x.shape[1]) or attn_block(x, *args, **more))
+    # Of three linear stages of 64, 16 and 4 tokens; None is never.
+    for fewest, stages in ((None, []), (3 * 16 + 1, [64]), (3 * 16, [64, 16]), (1, [64, 16, 4])):
+        monkeypatch.setattr("shiftaddvit.engine.attention.FEWEST_TOKENS", fewest)
+        seen.clear()
+        assert torch.allclose(program.run(x), expected, atol=1e-5) and seen == (stages if taken else [])
 
 
 def test_float16_between_residuals_only_where_weights_leave_room():

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiftaddvit.layers.attention import ProjectedAttention, merge_heads
+from shiftaddvit.ops.attn_block import attn_block, fits
 from shiftaddvit.ops.layer_norm import layer_norm
 from shiftaddvit.ops.linear_attention import attention_encode, attention_mix
 from shiftaddvit.ops.softmax_attention import softmax_attention
@@ -20,6 +21,9 @@ from .weights import Activation, Norm, Projection, activate
 
 HEAD_WIDTHS = (16, 32, 64, 128)
 """Widths of a head that the attention kernels take."""
+
+FEWEST_TOKENS: int | None = None
+"""From so many on, of a whole batch, `attn_block` computes a block that its kernels take; None is never, until it has been measured."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class LinearAttentionStep:
     """Tokens outside the raster of the token convolution."""
 
     def run(self, x: Float[Tensor, "B N C"], launch: Launch) -> Float[Tensor, "B N C"]:
+        if self._fits(x, launch):
+            qkv, proj = ((part.weight, part.bias, part.rows) for part in (self.qkv, self.proj))
+            form = dict(rule=self.rule, codes=self.codes, local=self.local, context_mean=self.context_mean, output_unit=self.output_unit)
+            return attn_block(x, self.heads, self.norm.pair, self.norm.eps, qkv, self.conv, proj, **form, pdl=launch.pdl, backend=launch.backend)
         encoded = attention_encode(
             x,
             heads=self.heads,
@@ -79,6 +87,14 @@ class LinearAttentionStep:
             pdl=launch.pdl,
             backend=launch.backend,
         )[0]
+
+    def _fits(self, x: Float[Tensor, "B N C"], launch: Launch) -> bool:
+        """Whether `attn_block` has kernels for it, and it is large enough."""
+        if launch.backend not in ("auto", "triton") or FEWEST_TOKENS is None or len(x) * x.shape[1] < FEWEST_TOKENS:
+            return False
+        if self.codes == "float" or (self.prefix and self.conv is not None) or self.qkv.bias is None or self.proj.bias is None:
+            return False
+        return fits(x, self.heads, self.qkv.weight, self.proj.weight, 0 if self.conv is None else self.conv.shape[1], self.local)
 
     def about(self) -> About:
         products = "mult" if self.codes == "float" else "add"

@@ -96,6 +96,24 @@ def test_an_engine_with_whole_mlps_in_one_kernel_is_as_near_as_one_without(monke
     assert errors[1] < max(1e-2, 1.5 * errors[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("recipe", ("ours-quant-shift", "ours-quant-moe"))
+@torch.no_grad()
+def test_an_engine_with_whole_attention_in_two_kernels_is_as_near_as_one_without(monkeypatch, recipe, dtype):
+    from shiftaddvit.engine import attention
+
+    model, x = converted("pvt_v2", recipe, embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4), mlp_ratios=(8, 8, 4, 4)), images(16)
+    seen, op = set(), attention.attn_block
+    monkeypatch.setattr(attention, "attn_block", lambda x, *args, **more: seen.add(x.shape[2]) or op(x, *args, **more))
+    errors = []
+    for fewest in (None, 1):
+        monkeypatch.setattr(attention, "FEWEST_TOKENS", fewest)
+        errors.append(usual_error(engine_of(model, dtype=dtype, batch_size=16)(x), model, x))
+        assert seen == (set() if fewest is None else {32, 64})
+    assert errors[1] < max(1e-2, 1.5 * errors[0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graph_equals_eager_run(family):
     model, x = converted(family, "ours-quant-moe"), images(4)
