@@ -77,7 +77,7 @@ def train(job: Job, config: "FinetuneConfig") -> None:
     if getattr(model, "shiftaddvit_packed", False):
         raise UserError(f"{job.choice.model} is packed and no longer trains: give the file it was packed from")
     base = origin(job.choice, model)
-    teacher = _teacher(job, model, config.distill_weight)
+    teacher = _teacher(job, model, train_data, config.distill_weight)
     apply_recipe(model, job.recipe, say, job.verbose)
     form = image_form(model, job.choice.image_size, job.crop_pct, job.choice.stored())
     loaders = training_loaders(
@@ -122,8 +122,9 @@ def _with_classes(choice: ModelChoice, data: "ImageData") -> ModelChoice:
     return choice
 
 
-def _teacher(job: Job, model: "nn.Module", weight: float) -> "nn.Module | None":
-    from shiftaddvit.serialization import load
+def _teacher(job: Job, model: "nn.Module", data: "ImageData", weight: float) -> "nn.Module | None":
+    from shiftaddvit.data.sources import check_class_names
+    from shiftaddvit.serialization import load, read_image_settings
 
     if not weight:
         if job.teacher is not None:
@@ -133,11 +134,13 @@ def _teacher(job: Job, model: "nn.Module", weight: float) -> "nn.Module | None":
         teacher = load(job.teacher)
         if teacher.num_classes != model.num_classes:
             raise UserError(f"--teacher {job.teacher} has {teacher.num_classes} classes, the model {model.num_classes}")
+        check_class_names(data, read_image_settings(job.teacher).get("classes"), job.teacher, others_allowed=True)
         return teacher
     if hasattr(model, "shiftaddvit_recipe"):
         raise UserError(f"--distill needs the dense model, and {job.choice.model} is converted: name the dense one with --teacher")
     if not (job.choice.is_file or job.choice.weights or job.choice.pretrained):
         raise UserError("--distill needs a trained teacher, and the model's weights are random: give --weights or --teacher")
+    check_class_names(data, job.choice.stored().get("classes"), job.choice.model, others_allowed=True)
     return deepcopy(model)
 
 

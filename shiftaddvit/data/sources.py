@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,22 @@ def check_classes(data: ImageData, outputs: int) -> None:
     """Raise `UserError` unless every label of the data has an output of the model."""
     if data.num_classes > outputs or (data.classes is not None and data.num_classes != outputs):
         raise UserError(f"the data have {data.num_classes} classes but the model {outputs} outputs: they must agree (num_classes of the model, --num-classes of a command)")
+
+
+def check_class_names(data: ImageData, names: Sequence[str] | None, source: str, others_allowed: bool = False) -> None:
+    """Raise `UserError` unless label by label the data's classes are called `names`, as the model's file `source` says. The same names in
+    another order are never right; other names are with `others_allowed`. Without names on either side, or as many, nothing is compared."""
+    if data.classes is None or names is None or len(names) != len(data.classes):
+        return
+    differing = [label for label, pair in enumerate(zip(names, data.classes, strict=True)) if pair[0] != pair[1]]
+    if not differing:
+        return
+    label = differing[0]
+    first = f"label {label} is {names[label]!r} in {source} and {data.classes[label]!r} in the data; {len(differing)} of {len(names)} differ"
+    if sorted(names) == sorted(data.classes):
+        raise UserError(f"the data have the model's classes in another order: {first}")
+    if not others_allowed:
+        raise UserError(f"the data's classes are not the model's: {first}; if these are other names for the same, add --ignore-class-names")
 
 
 def _from_folder(root: Path, split: str) -> ImageStore:
