@@ -45,7 +45,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             arguments = ctx.meta[_ARGUMENTS]
-            if any(arguments[: len(command)] == command for command in RESUMABLE):
+            if any(arguments[: len(command)] == command for command in RESUMABLE) and holds_run(arguments):
                 typer.echo(f"to resume: {resume_command(arguments)}", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except OSError as error:
@@ -55,6 +55,16 @@ class Commands(TyperGroup):
             if error.filename is None or isinstance(error, (ConnectionError, ChildProcessError)):
                 raise
             raise _told(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}") from error
+
+
+def holds_run(arguments: list[str]) -> bool:
+    """Whether the folder that `--output` names holds a run by now, which `--resume` asks for."""
+    for number, argument in enumerate(arguments):
+        if argument in ("-o", "--output"):
+            return any((Path(value) / "run.json").exists() for value in arguments[number + 1 : number + 2])
+        if argument.startswith(("-o", "--output=")):
+            return (Path(argument.removeprefix("--output=").removeprefix("-o")) / "run.json").exists()
+    return False
 
 
 def resume_command(arguments: list[str]) -> str:

@@ -46,6 +46,11 @@ class FolderImages:
         self.labels = np.array(labels, dtype=np.int64)
         self.blocks = None
 
+    @property
+    def keys(self) -> np.ndarray:
+        """Paths inside `root`."""
+        return self._paths
+
     def name(self, index: int) -> str:
         """The image's path."""
         return str(self.root / str(self._paths[index]))
