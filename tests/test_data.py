@@ -405,3 +405,18 @@ def test_identity_follows_the_images_and_not_the_place(tmp_path):
         first, again, other = (open_dataset(tmp_path / place / kind, "train").identity() for place in "abc")
         assert first == again != other and first["number"] == 12, kind
         assert first["classes"] == (None if kind == "tar" else CLASSES)
+
+
+def test_class_folders_without_images_are_named(tmp_path):
+    write_folder(tmp_path / "some")
+    for name in ("dog", "elk"):
+        (tmp_path / "some" / name).mkdir()
+    with pytest.warns(UserWarning, match="class folders 'dog', 'elk' hold no images"):
+        assert open_dataset(tmp_path / "some", "train").num_classes == 5
+    (tmp_path / "some" / "elk").rmdir()
+    with pytest.warns(UserWarning, match="class folder 'dog' holds no images"):
+        open_dataset(tmp_path / "some", "train")
+    (tmp_path / "some" / "dog").rmdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_dataset(tmp_path / "some", "train")
