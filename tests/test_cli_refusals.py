@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_data_without_validation_images_are_not_validated_on_training_images(tmp
     refused(*arguments, says="--val")
     outcome = run(*arguments, "--val", "none")
     assert "95 % interval" not in outcome.stdout
+
+
+def test_data_with_training_images_alone_come_with_the_options(tmp_path, dense, data):
+    only = tmp_path / "only"
+    shutil.copytree(data / "train", only / "train")
+    start = ("finetune", dense, only, "--recipe", "mlp-shift", "-o", tmp_path / "run", *SHORT)
+    line = refused(*start, says="has no split 'val'; it has train; give validation images with --val PATH, or --val none")
+    assert line.endswith("to go without")
+    assert "--val" not in refused("evaluate", dense, only, says="it has train; choose with --split")
+    run(*start, "--val", data)
 
 
 def _truncated(path: Path, dense: Path) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shiftaddvit.errors import UserError
 from shiftaddvit.processes import leave, this_process
 
 from . import options
@@ -39,7 +40,7 @@ def evaluate(
     refuse_existing(json_path(as_json), overwrite)
     amp_dtype = autocast_type(precision)
 
-    from shiftaddvit.data.sources import check_class_names
+    from shiftaddvit.data.sources import NoSplit, check_class_names
     from shiftaddvit.evaluation import compare
     from shiftaddvit.schema import stamped
 
@@ -51,7 +52,10 @@ def evaluate(
     files = [file] if against is None else [file, against]
     for path in files:
         check_saved(path)
-    images = DataChoice(data, strict, data_root, download).open(split)
+    try:
+        images = DataChoice(data, strict, data_root, download).open(split)
+    except NoSplit as error:
+        raise UserError(f"{error}; choose with --split") from None
     for path in files:  # all before the first is evaluated, which takes long
         check_class_names(images, ModelChoice(path).stored().get("classes"), path, ignore_class_names)
     found: dict[str, Evaluation] = {}

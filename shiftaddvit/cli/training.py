@@ -127,12 +127,17 @@ def _whole(run: Path) -> bool:
 
 def _open(job: Job) -> "tuple[ImageData, ImageData | None]":
     """Training and validation images; UserError where they would be the same."""
+    from shiftaddvit.data.sources import NoSplit
+
     train_data = job.data.open("train")
     if job.val == "none":
         return train_data, None
     if job.val is not None:
         return train_data, DataChoice(job.val, job.data.strict, job.data.root, job.data.download).open("val")
-    val_data = job.data.open("val")
+    try:
+        val_data = job.data.open("val")
+    except NoSplit as error:
+        raise UserError(f"{error}; give validation images with --val PATH, or --val none to go without") from None
     check_apart(train_data, val_data, job.data.data)
     return train_data, val_data
 

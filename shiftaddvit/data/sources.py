@@ -60,6 +60,10 @@ def open_dataset(
     raise UserError(f"unknown dataset {text!r}: no such file or folder; also allowed: torch/NAME, hfds/OWNER/NAME, a .tar pattern with {{000..999}}")
 
 
+class NoSplit(UserError):
+    """Data that have other splits, but not the one that is wanted."""
+
+
 def check_classes(data: ImageData, outputs: int) -> None:
     """Raise `UserError` unless every label of the data has an output of the model."""
     if data.num_classes > outputs or (data.classes is not None and data.num_classes != outputs):
@@ -94,7 +98,7 @@ def _from_folder(root: Path, split: str) -> ImageStore:
         return FolderImages(root)
     wanted = next((named[word] for word in SPLITS[split] if word in named), None)
     if wanted is None:
-        raise UserError(f"{root}: has no split {split!r}; it has {', '.join(sorted(known))}")
+        raise NoSplit(f"{root}: has no split {split!r}; it has {', '.join(sorted(known))}")
     inside = root / wanted
     files = sorted(file for file in inside.glob("*") if file.suffix in (".parquet", ".tar"))
     if files:
@@ -116,7 +120,7 @@ def _of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
     for word in SPLITS[split]:
         if word in by_word:
             return by_word[word]
-    raise UserError(f"{folder}: has no files of split {split!r}; it has {', '.join(sorted(by_word))}")
+    raise NoSplit(f"{folder}: has no files of split {split!r}; it has {', '.join(sorted(by_word))}")
 
 
 def _from_files(files: list[Path]) -> ImageStore:
