@@ -162,6 +162,19 @@ def test_settings_out_of_range_are_named(tmp_path, dense, data):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_two_numbers_say_so(tmp_path, dense, data):
+    start = ("finetune", dense, data, "--recipe", "msa", "-o", tmp_path / "run")
+    for given in (("--epochs", 1), ("--epochs", "1,1"), ("--epochs", 1, "--batch-size", 4), ("--epochs", 1, "x")):
+        refused(*start, *given, says="--epochs wants two numbers with a space between, as in --epochs 1 1 (see --help)")
+    refused(*start, "--lr", "0.1,0.1", "--seed", 0, says="as in --lr 0.001 0.001")
+    refused(*start, "--image-size", "32,32", says="as in 224 or 160x224, got '32,32'")
+    refused(*start, "--image-size", 32, 48, says="--image-size wants one value, as in --image-size 32x48")
+    assert "two" not in refused("pretrain", dense, data, "-o", tmp_path / "run", "--epochs", "x", says="--epochs")
+    refused(*start, "--batch-size", "x", says="--batch-size")
+    assert "two" not in refused(*start, "--batch-size", says="--batch-size")
+    assert not (tmp_path / "run").exists()
+
+
 def test_mistyped_commands_and_options_end_with_2():
     assert "finetune" in run("finetun", code=2).stderr
     assert "--recip" in run("convert", VIT, "--recip", "msa", code=2).stderr

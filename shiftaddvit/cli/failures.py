@@ -20,6 +20,9 @@ USER, INTERRUPTED = 2, 130
 RESUMABLE = (["finetune"], ["pretrain"], ["nvs", "train"])
 """Commands that go on with `--resume`."""
 
+PAIRS = {"--epochs": "1 1", "--lr": "0.001 0.001"}
+"""Options of finetune, one number a stage, and how they are given."""
+
 _USAGE = typer.BadParameter.__base__  # typer brings its own click and exports this one by its subclass only
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ARGUMENTS = "shiftaddvit.arguments"
@@ -41,7 +44,8 @@ class Commands(TyperGroup):
         except _USAGE as error:
             if not error.format_message() or ctx.invoked_subcommand is None:
                 raise
-            raise _told(f"{error.format_message().replace('Value error, ', '').rstrip('.')} (see --help)") from error
+            wanted = _wanted(error, ctx.meta[_ARGUMENTS])
+            raise _told(f"{wanted or error.format_message().replace('Value error, ', '').rstrip('.')} (see --help)") from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             arguments = ctx.meta[_ARGUMENTS]
@@ -139,6 +143,18 @@ def interrupt_only_here() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _wanted(error: Exception, arguments: list[str]) -> str | None:
+    """What an option of `PAIRS`, or `--image-size`, takes, if the error is about one: the parser's own words name no example."""
+    names = [getattr(error, "option_name", None), *getattr(getattr(error, "param", None), "opts", ())]
+    for name in names:
+        if name in PAIRS and arguments[:1] == ["finetune"]:
+            return f"{name} wants two numbers with a space between, as in {name} {PAIRS[name]}"
+    for number, argument in enumerate(arguments):
+        if argument == "--image-size" and len(arguments) > number + 2 and all(text.isdigit() for text in arguments[number + 1 : number + 3]):
+            return f"--image-size wants one value, as in --image-size {arguments[number + 1]}x{arguments[number + 2]}"
+    return None
 
 
 def _told(message: str) -> typer.Exit:
