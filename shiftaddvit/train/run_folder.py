@@ -78,9 +78,8 @@ class RunFolder:
         path = self.path / CHECKPOINT
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"{path} is damaged ({why}): put back a whole copy, or start again with --overwrite") from None
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            raise UserError(f"{path} is damaged: put back a whole copy, or start again with --overwrite") from None
 
     def write_latency(self, profiles: dict[str, Any]) -> None:
         """The measured times that this run's balance loss weighs experts by."""
