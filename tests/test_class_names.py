@@ -29,7 +29,9 @@ def named_model(path: Path, *names: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("data", "model"), [(["a", "b", "c"], ["a", "b", "c"]), (None, ["a", "b", "c"]), (["a", "b", "c"], None), (["a", "b"], ["b", "a", "c"])])
+@pytest.mark.parametrize(("data", "model"), [
+    (["a", "b", "c"], ["a", "b", "c"]), (None, ["a", "b", "c"]), (["a", "b", "c"], None), (["a", "b"], ["b", "a", "c"]),
+])  # fmt: skip
 def test_names_that_agree_or_are_not_there_pass(data, model):
     check_class_names(ImageData(Named(data)), model, "file")
 
