@@ -84,7 +84,16 @@ def test_safetensors_of_half_precision_load_and_say_so(tmp_path):
     save_file({key: value.half() for key, value in source.state_dict().items()}, tmp_path / "a.safetensors")
     report = load_pretrained(model, tmp_path / "a.safetensors")
     torch.testing.assert_close(logits(model), logits(source), rtol=0, atol=0)
-    assert "float16" in report.notes[0] and model.norm.weight.dtype == torch.float32
+    assert report.notes[0] == "the file holds float16 values" and model.norm.weight.dtype == torch.float32
+
+
+def test_a_file_of_ours_that_stores_exact_values_short_is_not_called_rounded(tmp_path):
+    source, model = make("pvt_tiny"), make("pvt_tiny")
+    nn.init.ones_(source.block1[0].norm1.weight)
+    shiftaddvit.save(source, tmp_path / "a.safetensors")
+    notes = load_pretrained(model, tmp_path / "a.safetensors").notes
+    assert len(notes) == 1 and re.match(r"tensors stored as float16: 1 of \d+, those whose values it holds exactly; nothing is lost", notes[0])
+    torch.testing.assert_close(logits(model), logits(source), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_tiny", "deit_tiny_distilled_patch16_224"])

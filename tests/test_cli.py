@@ -1,6 +1,7 @@
 """The command line, on six images a class and a transformer of two blocks: what each command does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,13 +111,56 @@ def test_evaluate_compares_two_models_on_the_same_images(trained, dense, data):
     assert found["images"] == 12
 
 
-def test_finished_run_resumes_to_the_same_result(trained, data, dense):
-    folder, _ = trained
-    before = load(folder / "model.safetensors").state_dict()
+def test_resuming_a_finished_run_changes_nothing(trained, data, dense):
+    folder, said = trained
+    before = contents(folder)
     refused("finetune", dense, data, "--recipe", "ours-quant-moe", "-o", folder, *SHORT, says="--resume")
-    run("finetune", dense, data, "--recipe", "ours-quant-moe", "-o", folder, *SHORT, "--resume")
-    after = load(folder / "model.safetensors").state_dict()
-    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    outcome = run("finetune", dense, data, "--recipe", "ours-quant-moe", "-o", folder, *SHORT, "--resume")
+    assert "nothing was changed" in outcome.stdout and contents(folder) == before
+    top1 = next(line for line in said.splitlines() if line.startswith("top-1"))
+    assert top1 in outcome.stdout.splitlines()
+
+
+def test_a_finished_run_that_was_killed_before_its_last_file_is_completed(data, dense, tmp_path):
+    start = ("finetune", dense, data, "--recipe", "mlp-shift", "-o", tmp_path / "run", *SHORT)
+    run(*start)
+    before = contents(tmp_path / "run")
+    result = json.loads(before["result.json"])
+    del result["data"]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    run(*start, "--resume")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["data"] == str(data)
+    assert read_metadata(tmp_path / "run" / "model.safetensors")["shiftaddvit.images"]
+
+
+def test_other_data_are_not_resumed_on(trained, data, dense, tmp_path):
+    folder, _ = trained
+    before = contents(folder)
+    start = ("finetune", dense, "--recipe", "ours-quant-moe", "-o", folder, *SHORT, "--resume")
+    other = write_images(tmp_path / "renamed", ("cat", "dog"))
+    line = refused(*start, other, says="another set of images (training images › classes › 0 was 'dark', is 'cat'")
+    assert "--overwrite" in line
+    moved = shutil.copytree(data, tmp_path / "moved")
+    run(*start, moved)
+    (moved / "val" / "dark" / "0.png").unlink()
+    refused(*start, moved, says="validation images › number was 12, is 11")
+    shutil.copy(moved / "val" / "dark" / "1.png", moved / "val" / "dark" / "new.png")
+    refused(*start, moved, says="validation images › digest of labels and names")
+    refused(*start, data, "--seed", 1, says="another config (seed was 0, is 1)")
+    assert contents(folder) == before
+
+
+def test_resume_needs_a_run(data, dense, tmp_path):
+    start = ("finetune", dense, data, "--recipe", "mlp-shift", "-o", tmp_path / "run", *SHORT)
+    refused(*start, "--resume", says="holds no run to resume: start one without --resume")
+    assert not (tmp_path / "run").exists()
+    run(*start)
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    assert "no checkpoint yet" in run(*start, "--resume").stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("command", [("finetune", "--recipe", "msa"), ("pretrain",)])

@@ -30,6 +30,10 @@ def test_weights_that_are_not_numbers_stop_the_run(tmp_path, dense, data):
 
 def test_ctrl_c_ends_with_130_and_the_command_that_resumes(tmp_path, dense, data, monkeypatch):
     _finetune_raises(monkeypatch, Interrupted())
+    nothing = run("finetune", dense, data, "--recipe", "mlp-shift", "-o", tmp_path / "run", *SHORT, code=130)
+    assert "to resume" not in nothing.stderr, "there is no run yet"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
     arguments = ["finetune", dense, data, "--recipe", "mlp-shift", "-o", tmp_path / "run", *SHORT, "--overwrite"]
     outcome = run(*arguments, code=130)
     kept = " ".join(str(argument) for argument in arguments[:-1])

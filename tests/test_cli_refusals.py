@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_data_without_validation_images_are_not_validated_on_training_images(tmp
     refused(*arguments, says="--val")
     outcome = run(*arguments, "--val", "none")
     assert "95 % interval" not in outcome.stdout
+
+
+def test_data_with_training_images_alone_come_with_the_options(tmp_path, dense, data):
+    only = tmp_path / "only"
+    shutil.copytree(data / "train", only / "train")
+    start = ("finetune", dense, only, "--recipe", "mlp-shift", "-o", tmp_path / "run", *SHORT)
+    line = refused(*start, says="has no split 'val'; it has train; give validation images with --val PATH, or --val none")
+    assert line.endswith("to go without")
+    assert "--val" not in refused("evaluate", dense, only, says="it has train; choose with --split")
+    run(*start, "--val", data)
 
 
 def _truncated(path: Path, dense: Path) -> str:
@@ -149,6 +160,19 @@ def test_settings_out_of_range_are_named(tmp_path, dense, data):
     refused("convert", VIT, "--recipe", "msa", "-o", tmp_path / "a.safetensors", "--model-arg", "dept=2", says="dept")
     refused("convert", *SMALL, "--recipe", "msa", "-o", tmp_path / "a.safetensors", "--model-arg", "num_heads=3", says="cannot be built")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_two_numbers_say_so(tmp_path, dense, data):
+    start = ("finetune", dense, data, "--recipe", "msa", "-o", tmp_path / "run")
+    for given in (("--epochs", 1), ("--epochs", "1,1"), ("--epochs", 1, "--batch-size", 4), ("--epochs", 1, "x")):
+        refused(*start, *given, says="--epochs wants two numbers with a space between, as in --epochs 1 1 (see --help)")
+    refused(*start, "--lr", "0.1,0.1", "--seed", 0, says="as in --lr 0.001 0.001")
+    refused(*start, "--image-size", "32,32", says="as in 224 or 160x224, got '32,32'")
+    refused(*start, "--image-size", 32, 48, says="--image-size wants one value, as in --image-size 32x48")
+    assert "two" not in refused("pretrain", dense, data, "-o", tmp_path / "run", "--epochs", "x", says="--epochs")
+    refused(*start, "--batch-size", "x", says="--batch-size")
+    assert "two" not in refused(*start, "--batch-size", says="--batch-size")
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistyped_commands_and_options_end_with_2():

@@ -394,3 +394,29 @@ def test_resident_loaders_from_data(tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["train-16x16.npy", "val-16x16.npy"]
     with pytest.raises(UserError, match="24 images of 9999999×16 are too many"):
         build_resident_loaders(data, data, image_size=(9999999, 16), batch_size=4, device="cpu")
+
+
+def test_identity_follows_the_images_and_not_the_place(tmp_path):
+    for place, shift in (("a", 0), ("b", 0), ("c", 1)):
+        write_folder(tmp_path / place / "folder", 12 + shift)
+        write_parquet(tmp_path / place / "parquet", {f"train-{shift}.parquet": 12})
+        write_tar(tmp_path / place / "tar" / "train.tar", range(shift, 12 + shift))
+    for kind in ("folder", "parquet", "tar"):
+        first, again, other = (open_dataset(tmp_path / place / kind, "train").identity() for place in "abc")
+        assert first == again != other and first["number"] == 12, kind
+        assert first["classes"] == (None if kind == "tar" else CLASSES)
+
+
+def test_class_folders_without_images_are_named(tmp_path):
+    write_folder(tmp_path / "some")
+    for name in ("dog", "elk"):
+        (tmp_path / "some" / name).mkdir()
+    with pytest.warns(UserWarning, match="class folders 'dog', 'elk' hold no images"):
+        assert open_dataset(tmp_path / "some", "train").num_classes == 5
+    (tmp_path / "some" / "elk").rmdir()
+    with pytest.warns(UserWarning, match="class folder 'dog' holds no images"):
+        open_dataset(tmp_path / "some", "train")
+    (tmp_path / "some" / "dog").rmdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_dataset(tmp_path / "some", "train")

@@ -303,6 +303,24 @@ def test_wrong_settings_are_named(changes):
         FinetuneConfig(**changes)
 
 
+def test_warm_up_is_at_most_a_quarter_of_a_stage():
+    assert StageConfig("all", 1).warmup_steps(100) == 25 and StageConfig("all", 2).warmup_steps(100) == 50
+    for epochs in (4, 10):
+        assert StageConfig("all", epochs).warmup_steps(100) == 100
+    assert [stage.warmup_steps(100) for stage in FinetuneConfig.published().stages] == [500, 500]
+    assert StageConfig("all", 1, warmup_epochs=0).warmup_steps(100) == 0
+
+
+def test_a_stage_of_one_epoch_reaches_its_peak_and_comes_down(tmp_path):
+    config = replace(TWO_STAGES, stages=(StageConfig("all", 1, lr=0.1),), ema_decay=None, log_every=1)
+    images = torch.randn(32, 3, 32, 32), torch.arange(32) % 3
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images), 4)
+    finetune(model("mlp-shift"), batches, None, config, output=tmp_path / "run", show=False)
+    rates = [event["lr"] for event in read_log(tmp_path / "run" / "log.jsonl") if event["event"] == "step"]
+    peak = 0.1 * 4 / 512
+    assert len(rates) == 8 and rates.index(max(rates)) == 2 and max(rates) > 0.8 * peak and rates[-1] < 0.1 * peak
+
+
 def test_config_survives_json():
     from dataclasses import asdict
 

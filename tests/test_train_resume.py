@@ -77,6 +77,27 @@ def test_ctrl_c_during_an_evaluation_stops_too(tmp_path, uninterrupted):
     assert same(stopped, uninterrupted)
 
 
+def test_a_run_says_where_it_goes_on(tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        finetune(model(), Stopping(STEPS + 1, interrupt), None, TWO_STAGES, output=tmp_path / "run", show=False)
+    finetune(model(), loader(), None, TWO_STAGES, output=tmp_path / "run", resume=True)
+    position = "stage 1 of 2 (attention), after 1 of 2 epochs and 2 of 3 steps"
+    assert capsys.readouterr().err.splitlines()[0] == f"resuming in {position}"
+
+
+def test_a_run_is_resumed_on_the_same_images_only(tmp_path):
+    config = replace(TWO_STAGES, stages=(StageConfig("all", 1),))
+    images = lambda **changed: {"data": {"number": 13, "classes": ["a", "b", "c"]} | changed, "output": tmp_path / "run", "show": False}  # noqa: E731
+    with pytest.raises(Interrupted):
+        finetune(model("mlp-shift"), Stopping(1, interrupt), None, config, **images())
+    with pytest.raises(UserError, match=r"another set of images \(classes › 1 was 'b', is 'x'\)"):
+        finetune(model("mlp-shift"), loader(), None, config, resume=True, **images(classes=["a", "x", "c"]))
+    with pytest.raises(UserError, match=r"number was 13, is 12, and 1 more"):
+        finetune(model("mlp-shift"), loader(), None, config, resume=True, **images(number=12, classes=["a", "b"]))
+    assert not finetune(model("mlp-shift"), loader(), None, config, resume=True, **images()).ended_before
+    assert finetune(model("mlp-shift"), loader(), None, config, resume=True, output=tmp_path / "run", show=False).ended_before
+
+
 def test_a_finished_run_resumes_to_itself(tmp_path, uninterrupted):
     for _ in range(2):
         again = model()

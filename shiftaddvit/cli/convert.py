@@ -64,7 +64,7 @@ def convert(
         calibrate_on(network, calibrate, form, seed, typer.echo)
     if half:
         round_dense(network)
-    metadata = settings_to_store(form.size, form.crop_pct, choice.stored().get("classes"))
+    metadata = settings_to_store(form.size, form.crop_pct, choice.class_names(network))
     with told_when_disk_is_full(output):
         report = save(network, output, packed=packed, metadata=metadata, facts=_facts(choice, recipe, half, base))
     typer.echo(f"written: {report}")

@@ -42,8 +42,9 @@ def dispatch(
 
     from .evaluate import model_facts
     from .image_choice import as_input, as_picture, image_files, image_form, spread
-    from .model_choice import ModelChoice, open_model
+    from .model_choice import ModelChoice, check_saved, open_model
 
+    check_saved(str(file))
     facts = model_facts(str(file))
     choice = ModelChoice(str(file), image_size=size)
     network = open_model(choice, lambda text: typer.echo(text, err=True))

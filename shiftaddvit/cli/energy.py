@@ -201,7 +201,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     if not (match := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)):
-        raise UserError(f"--image-size must be a number of pixels or HEIGHTxWIDTH, got {text!r}")
+        raise UserError(f"--image-size must be a number of pixels or HEIGHTxWIDTH, as in 224 or 160x224, got {text!r}")
     return int(match[1]), int(match[2] or match[1])
 
 

@@ -31,6 +31,7 @@ def evaluate(
     precision: options.Precision = "no",
     as_json: options.JsonFile = None,
     strict: options.Strict = False,
+    ignore_class_names: options.IgnoreNames = False,
     data_root: options.DataRoot = None,
     download: options.Download = False,
     overwrite: options.Overwrite = False,
@@ -39,16 +40,26 @@ def evaluate(
     refuse_existing(json_path(as_json), overwrite)
     amp_dtype = autocast_type(precision)
 
+    from shiftaddvit.data.sources import NoSplit, check_class_names
     from shiftaddvit.evaluation import compare
     from shiftaddvit.schema import stamped
 
     from .image_choice import DataChoice
+    from .model_choice import ModelChoice, check_saved
 
     state = this_process()
     quiet = as_json == "-" or not state.is_main_process
-    images = DataChoice(data, strict, data_root, download).open(split)
+    files = [file] if against is None else [file, against]
+    for path in files:
+        check_saved(path)
+    try:
+        images = DataChoice(data, strict, data_root, download).open(split)
+    except NoSplit as error:
+        raise UserError(f"{error}; choose with --split") from None
+    for path in files:  # all before the first is evaluated, which takes long
+        check_class_names(images, ModelChoice(path).stored().get("classes"), path, ignore_class_names)
     found: dict[str, Evaluation] = {}
-    for path in [file] if against is None else [file, against]:
+    for path in files:
         with told_when_memory_ends(batch_size):
             found[path] = _evaluate(path, images, image_size, crop_pct, batch_size, workers, amp_dtype, state.device, quiet)
         if not quiet:
@@ -119,8 +130,6 @@ def _evaluate(path: str, images: Any, image_size: str | None, crop_pct: float | 
     size = parse_size(image_size)
     size = (size, size) if isinstance(size, int) else size
     choice = ModelChoice(path, image_size=size)
-    if not choice.is_file:
-        raise UserError(f"{path!r} is no file: evaluate takes a .safetensors file that convert or finetune wrote")
     network = open_model(choice, lambda text: typer.echo(text, err=True))
     check_classes(images, network.num_classes)
     form = image_form(network, size, crop_pct, choice.stored())

@@ -57,7 +57,8 @@ def export(
     form = image_form(network, size, crop_pct, choice.stored())
     samples = _samples(images, form, seed, 64 if format == "vectors" else 8)
     settings = {
-        "classes": choice.stored().get("classes"), "image_size": list(form.size), "crop_pct": form.crop_pct, "mean": list(form.mean), "std": list(form.std),
+        "classes": choice.class_names(network), "image_size": list(form.size),
+        "crop_pct": form.crop_pct, "mean": list(form.mean), "std": list(form.std),
     }  # fmt: skip
     typer.echo("tracing, writing and running what was written; large models take minutes")
     with told_when_disk_is_full(output):

@@ -20,6 +20,9 @@ USER, INTERRUPTED = 2, 130
 RESUMABLE = (["finetune"], ["pretrain"], ["nvs", "train"])
 """Commands that go on with `--resume`."""
 
+PAIRS = {"--epochs": "1 1", "--lr": "0.001 0.001"}
+"""Options of finetune, one number a stage, and how they are given."""
+
 _USAGE = typer.BadParameter.__base__  # typer brings its own click and exports this one by its subclass only
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ARGUMENTS = "shiftaddvit.arguments"
@@ -41,11 +44,12 @@ class Commands(TyperGroup):
         except _USAGE as error:
             if not error.format_message() or ctx.invoked_subcommand is None:
                 raise
-            raise _told(f"{error.format_message().replace('Value error, ', '').rstrip('.')} (see --help)") from error
+            wanted = _wanted(error, ctx.meta[_ARGUMENTS])
+            raise _told(f"{wanted or error.format_message().replace('Value error, ', '').rstrip('.')} (see --help)") from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             arguments = ctx.meta[_ARGUMENTS]
-            if any(arguments[: len(command)] == command for command in RESUMABLE):
+            if any(arguments[: len(command)] == command for command in RESUMABLE) and holds_run(arguments):
                 typer.echo(f"to resume: {resume_command(arguments)}", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except OSError as error:
@@ -55,6 +59,16 @@ class Commands(TyperGroup):
             if error.filename is None or isinstance(error, (ConnectionError, ChildProcessError)):
                 raise
             raise _told(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}") from error
+
+
+def holds_run(arguments: list[str]) -> bool:
+    """Whether the folder that `--output` names holds a run by now, which `--resume` asks for."""
+    for number, argument in enumerate(arguments):
+        if argument in ("-o", "--output"):
+            return any((Path(value) / "run.json").exists() for value in arguments[number + 1 : number + 2])
+        if argument.startswith(("-o", "--output=")):
+            return (Path(argument.removeprefix("--output=").removeprefix("-o")) / "run.json").exists()
+    return False
 
 
 def resume_command(arguments: list[str]) -> str:
@@ -129,6 +143,18 @@ def interrupt_only_here() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _wanted(error: Exception, arguments: list[str]) -> str | None:
+    """What an option of `PAIRS`, or `--image-size`, takes, if the error is about one: the parser's own words name no example."""
+    names = [getattr(error, "option_name", None), *getattr(getattr(error, "param", None), "opts", ())]
+    for name in names:
+        if name in PAIRS and arguments[:1] == ["finetune"]:
+            return f"{name} wants two numbers with a space between, as in {name} {PAIRS[name]}"
+    for number, argument in enumerate(arguments):
+        if argument == "--image-size" and len(arguments) > number + 2 and all(text.isdigit() for text in arguments[number + 1 : number + 3]):
+            return f"--image-size wants one value, as in --image-size {arguments[number + 1]}x{arguments[number + 2]}"
+    return None
 
 
 def _told(message: str) -> typer.Exit:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+WEIGHTS = (".pth", ".pt", ".bin")
+"""Endings of files that hold weights alone."""
+
 _HEADS = ("head.weight", "head.fc.weight", "classifier.weight", "cls_classifier.weight")
 
 
@@ -49,13 +52,29 @@ class ModelChoice:
     @property
     def is_file(self) -> bool:
         """Whether MODEL is meant as a file."""
-        return self.model.endswith((".safetensors", ".pth", ".pt", ".bin")) or "/" in self.model
+        return self.model.endswith((".safetensors", *WEIGHTS)) or "/" in self.model
 
     def stored(self) -> dict[str, Any]:
         """What the file says about its images; empty for a model by name."""
         from shiftaddvit.serialization import read_image_settings
 
         return read_image_settings(self.model) if self.is_file else {}
+
+    def class_names(self, network: "nn.Module") -> list[str] | None:
+        """The name of each output of the model, where its file says; None for a head of another size, which starts anew."""
+        names = self.stored().get("classes")
+        return names if names is not None and len(names) == network.num_classes else None
+
+
+def check_saved(path: str) -> None:
+    """Raise UserError unless `path` can be a file that `save` wrote, for commands that take nothing else: with the command that makes one."""
+    if not ModelChoice(path).is_file:
+        raise UserError(f"{path!r} is no file: a .safetensors file is wanted that convert or finetune wrote")
+    if path.endswith(WEIGHTS):
+        made = f"shiftaddvit convert NAME --weights {path} --recipe dense --output FILE.safetensors"
+        raise UserError(f"{path} is no model that shiftaddvit saved (.safetensors); make one of its weights first: {made}")
+    if not path.endswith(".safetensors"):
+        raise UserError(f"{path} is no model that shiftaddvit saved: a .safetensors file is wanted that convert or finetune wrote")
 
 
 def settings_to_store(size: tuple[int, int], crop_pct: float, classes: list[str] | None) -> dict[str, str]:
@@ -96,7 +115,8 @@ def open_model(choice: ModelChoice, say: Say, verbose: bool = False) -> "nn.Modu
         return _dense(choice, say, verbose)
     path = Path(choice.model)
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no model that shiftaddvit saved (.safetensors); give timm's name of the model, and the file with --weights")
+        hint = "; give timm's name of the model, and the file with --weights" if path.suffix in WEIGHTS else ""
+        raise UserError(f"{path} is no model that shiftaddvit saved (.safetensors){hint}")
     model = load(path)
     built = model.shiftaddvit_architecture
     if hasattr(model, "shiftaddvit_recipe"):

@@ -52,6 +52,7 @@ def search(
     seed: Annotated[int, typer.Option(help="Of the draw of images.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print search.json instead of tables.")] = False,
     strict: options.Strict = False,
+    ignore_class_names: options.IgnoreNames = False,
     data_root: options.DataRoot = None,
     download: options.Download = False,
     overwrite: options.Overwrite = False,
@@ -105,11 +106,12 @@ def search(
     form = image_form(network, size, crop_pct, choice.stored())
     batches, teaching = None, None
     if data is not None:
-        from shiftaddvit.data.sources import check_classes
+        from shiftaddvit.data.sources import check_class_names, check_classes
 
         source = DataChoice(data, strict, data_root, download)
         drawn = sample(source.open(split), images, seed)
         check_classes(drawn, network.num_classes)
+        check_class_names(drawn, choice.stored().get("classes"), model, ignore_class_names)
         # The model is evaluated once for each option: the images are decoded only once.
         batches = list(evaluation_loader(drawn, form, batch_size, workers, "cpu"))
         teaching = some_images(source.open("train"), form, 8, seed).to(state.device) if "hash" in chosen else None

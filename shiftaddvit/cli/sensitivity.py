@@ -33,6 +33,7 @@ def sensitivity(
     seed: Annotated[int, typer.Option(help="Of the draw of images and of the hash functions.")] = 0,
     as_json: options.JsonFile = None,
     strict: options.Strict = False,
+    ignore_class_names: options.IgnoreNames = False,
     data_root: options.DataRoot = None,
     download: options.Download = False,
     overwrite: options.Overwrite = False,
@@ -46,7 +47,7 @@ def sensitivity(
     from rich.console import Console
 
     from shiftaddvit.conditions import conditions
-    from shiftaddvit.data.sources import check_classes
+    from shiftaddvit.data.sources import check_class_names, check_classes
     from shiftaddvit.evaluation.sensitivity import USUAL
     from shiftaddvit.evaluation.sensitivity import sensitivity as run
     from shiftaddvit.schema import stamped
@@ -62,6 +63,7 @@ def sensitivity(
     choice = ModelChoice(model, options.model_args(model_arg), weights, pretrained, num_classes, size, seed)
     network = open_model(choice, lambda text: typer.echo(text, err=True))
     check_classes(drawn, network.num_classes)
+    check_class_names(drawn, choice.stored().get("classes"), model, ignore_class_names)
     form = image_form(network, size, crop_pct, choice.stored())
     state = this_process()
     if state.num_processes > 1:

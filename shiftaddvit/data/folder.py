@@ -1,6 +1,7 @@
 """Images in class folders, as ImageNet is usually kept."""
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,20 @@ class FolderImages:
             )
             paths.extend(images)
             labels.extend([label_of[name]] * len(images))
+        filled = set(labels)
+        empty = [name for name in found if label_of[name] not in filled]
+        if empty and paths:
+            warnings.warn(f"{root}: {_named(empty)} no images ({', '.join(EXTENSIONS)})", stacklevel=2)
         if not paths:
             raise UserError(f"{root}: its {len(found)} class folders hold no images ({', '.join(EXTENSIONS)})")
         self._paths = np.array(paths)  # one array, not a million objects that each worker process would copy
         self.labels = np.array(labels, dtype=np.int64)
         self.blocks = None
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Paths inside `root`."""
+        return self._paths
 
     def name(self, index: int) -> str:
         """The image's path."""
@@ -53,3 +63,9 @@ class FolderImages:
     def image(self, index: int) -> Image.Image:
         """The decoded image."""
         return open_rgb(self.root / str(self._paths[index]))
+
+
+def _named(folders: list[str]) -> str:
+    """The first folders by name, and how many more there are, as the start of a sentence."""
+    more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
+    return f"class folder{'s' if len(folders) > 1 else ''} {', '.join(map(repr, folders[:5]))}{more} {'hold' if len(folders) > 1 else 'holds'}"

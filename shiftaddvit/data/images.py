@@ -1,10 +1,11 @@
 """What every image data set here has in common: images at random access, and what happens to one that cannot be read."""
 
+import hashlib
 import io
 import zlib
 from pathlib import Path
 from struct import error as StructError
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -72,6 +73,13 @@ class ImageData(Dataset):
     def num_classes(self) -> int:
         """Number of classes: of the names, else of the labels used."""
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others without reading them: their number, the classes' names, and a digest of the labels and, where
+        images have names of their own, of those, in the order of the data. Where the data lie does not matter."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels).tobytes())
+        digest.update("\0".join(map(str, getattr(self.store, "keys", ()))).encode(errors="surrogateescape"))
+        return {"number": len(self), "classes": self.classes and list(self.classes), "digest of labels and names": digest.hexdigest()[:16]}
 
     def __len__(self) -> int:
         return len(self.labels)

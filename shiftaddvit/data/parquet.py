@@ -69,6 +69,11 @@ class ParquetImages:
         self._owner = os.getpid()
         self._cache: OrderedDict[int, tuple[object, int]] = OrderedDict()
 
+    @property
+    def keys(self) -> list[str]:
+        """Names of the files."""
+        return [path.name for path in self.paths]
+
     def name(self, index: int) -> str:
         """File, row and the path the image once had."""
         group, row = self._locate(index)

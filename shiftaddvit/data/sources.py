@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,30 @@ def open_dataset(
     raise UserError(f"unknown dataset {text!r}: no such file or folder; also allowed: torch/NAME, hfds/OWNER/NAME, a .tar pattern with {{000..999}}")
 
 
+class NoSplit(UserError):
+    """Data that have other splits, but not the one that is wanted."""
+
+
 def check_classes(data: ImageData, outputs: int) -> None:
     """Raise `UserError` unless every label of the data has an output of the model."""
     if data.num_classes > outputs or (data.classes is not None and data.num_classes != outputs):
         raise UserError(f"the data have {data.num_classes} classes but the model {outputs} outputs: they must agree (num_classes of the model, --num-classes of a command)")
+
+
+def check_class_names(data: ImageData, names: Sequence[str] | None, source: str, others_allowed: bool = False) -> None:
+    """Raise `UserError` unless label by label the data's classes are called `names`, as the model's file `source` says. The same names in
+    another order are never right; other names are with `others_allowed`. Without names on either side, or as many, nothing is compared."""
+    if data.classes is None or names is None or len(names) != len(data.classes):
+        return
+    differing = [label for label, pair in enumerate(zip(names, data.classes, strict=True)) if pair[0] != pair[1]]
+    if not differing:
+        return
+    label = differing[0]
+    first = f"label {label} is {names[label]!r} in {source} and {data.classes[label]!r} in the data; {len(differing)} of {len(names)} differ"
+    if sorted(names) == sorted(data.classes):
+        raise UserError(f"the data have the model's classes in another order: {first}")
+    if not others_allowed:
+        raise UserError(f"the data's classes are not the model's: {first}; if these are other names for the same, add --ignore-class-names")
 
 
 def _from_folder(root: Path, split: str) -> ImageStore:
@@ -77,7 +98,7 @@ def _from_folder(root: Path, split: str) -> ImageStore:
         return FolderImages(root)
     wanted = next((named[word] for word in SPLITS[split] if word in named), None)
     if wanted is None:
-        raise UserError(f"{root}: has no split {split!r}; it has {', '.join(sorted(known))}")
+        raise NoSplit(f"{root}: has no split {split!r}; it has {', '.join(sorted(known))}")
     inside = root / wanted
     files = sorted(file for file in inside.glob("*") if file.suffix in (".parquet", ".tar"))
     if files:
@@ -99,7 +120,7 @@ def _of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
     for word in SPLITS[split]:
         if word in by_word:
             return by_word[word]
-    raise UserError(f"{folder}: has no files of split {split!r}; it has {', '.join(sorted(by_word))}")
+    raise NoSplit(f"{folder}: has no files of split {split!r}; it has {', '.join(sorted(by_word))}")
 
 
 def _from_files(files: list[Path]) -> ImageStore:

@@ -63,6 +63,11 @@ class TarImages:
         self._owner = os.getpid()
         self._open: OrderedDict[int, int] = OrderedDict()
 
+    @property
+    def keys(self) -> np.ndarray:
+        """Keys of the samples."""
+        return self._names
+
     def name(self, index: int) -> str:
         """Shard and key."""
         return f"{self.paths[self._places[index, 0]]}:{self._names[index]}"

@@ -4,9 +4,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from shiftaddvit.errors import UserError
@@ -87,7 +89,7 @@ def fill(
         used=tuple(pair for target, pairs in renamed.sources.items() if target not in dict(adapted.dropped) for pair in pairs),
         made=tuple(adapted.made),
         dropped=(*renamed.dropped, *((pair[0], reason) for target, reason in adapted.dropped for pair in renamed.sources[target])),
-        notes=(*notes, *adapted.notes, *_norm_notes(model, layout), *_dtype_notes(weights)),
+        notes=(*notes, *adapted.notes, *_norm_notes(model, layout), *_dtype_notes(weights, Path(path))),
     )
 
 
@@ -148,6 +150,17 @@ def _norm_notes(model: nn.Module, layout: Layout) -> list[str]:
     ]
 
 
-def _dtype_notes(weights: Mapping[str, Tensor]) -> list[str]:
+def _dtype_notes(weights: Mapping[str, Tensor], path: Path) -> list[str]:
+    half = sum(tensor.dtype == torch.float16 for tensor in weights.values())
+    if half and _saved_here(path):
+        return [f"tensors stored as float16: {half} of {len(weights)}, those whose values it holds exactly; nothing is lost"]
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values() if tensor.dtype != torch.float32})
     return [f"the file holds {', '.join(kinds)} values"] if kinds else []
+
+
+def _saved_here(path: Path) -> bool:
+    """Whether `shiftaddvit.save` wrote the file: it stores as float16 only what that loses nothing of."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    with safe_open(str(path), framework="pt") as file:
+        return "shiftaddvit" in (file.metadata() or {})

@@ -70,22 +70,23 @@ def _read_torch(path: Path) -> object:
     except _DAMAGE as error:
         if "TorchScript" in str(error):
             raise UserError(f"{path} is a TorchScript program, not weights; save its state_dict() instead") from None
-        raise _damaged(path, (str(error).splitlines() or [type(error).__name__])[0][:200]) from None
+        raise _damaged(path) from None
 
 
 def _refusal(path: Path, message: str) -> UserError:
     # torch's message is a page long; the line that names what the file asks for is the one that helps.
     named = re.search(r"(?:GLOBAL|function|class) '?([A-Za-z_]\w*(?:\.\w+)+)", message)
     if named is None:
-        return _damaged(path, message.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "no pickle")
+        return _damaged(path)
     return UserError(
         f"{path} would run code when loaded (it calls {named[1]}), so it is not read; "
         "if you trust it, save its weights alone: torch.save(model.state_dict(), file)"
     )
 
 
-def _damaged(path: Path, detail: str) -> UserError:
-    return UserError(f"{path} is not a whole torch file (truncated, damaged or of another kind): {detail}")
+def _damaged(path: Path) -> UserError:
+    # torch's reasons are a paragraph for one file, "[Errno 22]" for the next, and help with none.
+    return UserError(f"{path} is not a whole torch file (truncated, damaged or of another kind; it has {path.stat().st_size} bytes): get it again")
 
 
 def unwrap(path: str | os.PathLike, content: object) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -20,7 +20,7 @@ class StageConfig:
     lr: float = 1e-3
     """Peak learning rate at a total batch of 512; scaled by batch/512."""
     warmup_epochs: float = 1.0
-    """Linear warm-up from `warmup_lr`."""
+    """Linear warm-up from `warmup_lr`; never longer than a quarter of the stage (`warmup_steps`)."""
     warmup_lr: float = 1e-6
     """Where the warm-up starts (at a batch of 512)."""
     min_lr: float = 1e-6
@@ -34,6 +34,10 @@ class StageConfig:
         if self.epochs < 1 or self.lr <= 0:
             raise UserError(f"a stage needs at least one epoch and a positive lr, got epochs={self.epochs}, lr={self.lr}")
         check_compile(self.compile)
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of the warm-up, at `steps` an epoch: a stage of an epoch or two is not to spend all its time far below its peak."""
+        return min(int(self.warmup_epochs * steps), self.epochs * steps // 4)
 
     @property
     def label(self) -> str:

@@ -1,7 +1,8 @@
 """Two-stage fine-tuning of a converted model: attention first, then the linears (ShiftAddViT section 5)."""
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from .config import FinetuneConfig, StageConfig
 from .latency import profile_experts, profiles_to_json, set_expert_costs
 from .plan import plan_stages
 from .position import Position, step_seed
-from .run_folder import MODEL, RunFolder
+from .resume import place, reached
+from .run_folder import IMAGES, MODEL, RunFolder
 from .stage import StageRun, train_stage
 
 
@@ -44,6 +46,8 @@ class FinetuneResult:
     """One entry an evaluation: stage, epoch, top1, loss."""
     stages: tuple[StageConfig, ...]
     """The stages that ran."""
+    ended_before: bool = False
+    """Whether a run was resumed that had ended: nothing was trained, evaluated or written."""
 
 
 def finetune(
@@ -57,6 +61,7 @@ def finetune(
     overwrite: bool = False,
     teacher: nn.Module | None = None,
     show: bool = True,
+    data: Mapping[str, Any] | None = None,
 ) -> FinetuneResult:
     """Train `model` in place, in the stages of `config`; a dense model trains as it is.
 
@@ -68,9 +73,10 @@ def finetune(
         train_loader: yields images (B, 3, H, W) and targets (B,) or (B, classes). `set_epoch(e)` and `start_at(step)` let it resume inside
             an epoch at once; any other is read up to there, and resumes exactly as long as it draws from torch's random numbers only.
         output: folder for the log, checkpoints and result; without one nothing is written.
-        resume: go on from the folder's last complete checkpoint.
+        resume: go on from the folder's last complete checkpoint. A run that had ended changes nothing in its folder.
         overwrite: replace the run that the folder holds.
         teacher: the dense model, for `config.distill_weight`.
+        data: what the images are (`ImageData.identity()` of each split, say), as plain JSON values: on resume they must be the same.
 
     Raises:
         UserError: a folder that holds another run, a full disk, a packed model, or, with `output`, a model that cannot be saved.
@@ -94,10 +100,11 @@ def finetune(
         recipe = getattr(model, "shiftaddvit_recipe", None)
         described = {"config": asdict(config), "recipe": recipe and recipe.to_dict(), "model": asdict(architecture_of(model))}
         described["number of batches an epoch"] = len(train_loader)
+        described[IMAGES] = data
         resuming = _open(folder, described, resume, overwrite, accelerator)
     session = _Session(model, val_loader, config, stages, accelerator, folder, teacher, show)
     session.run(train_loader, folder.load_checkpoint() if resuming else None)
-    return FinetuneResult(session.last, session.history, stages)
+    return FinetuneResult(session.last, session.history, stages, session.ended_before)
 
 
 def _open(folder: RunFolder, description: dict, resume: bool, overwrite: bool, accelerator: Accelerator) -> bool:
@@ -125,6 +132,7 @@ class _Session:
         self.history: list[dict[str, Any]] = []
         self.last: Evaluation | None = None
         self.board = None
+        self.ended_before = False
 
     def run(self, train_loader: Any, checkpoint: dict | None) -> None:
         position = Position()
@@ -137,7 +145,11 @@ class _Session:
         if checkpoint is not None:
             position = Position(**checkpoint["position"])
             self.history = checkpoint["history"]
-            self._log({"event": "resume", **checkpoint["position"]})
+            if self.folder is not None:
+                self.ended_before, self.last = reached(self.folder.path, position, self.stages, self.val_loader is not None)
+            if not self.ended_before:
+                self._log({"event": "resume", **checkpoint["position"]})
+                self._say(f"resuming in {place(position, self.stages, len(train_loader))}")
         else:
             self._log({"event": "start", "conditions": conditions(device)})
         for number in range(len(self.stages)):
@@ -228,6 +240,8 @@ class _Session:
         if self.stages[-1].primitives == "attention" and converts_linears(self.model):
             # No stage converted the linears: what was trained is the attention part of the recipe.
             self.model.shiftaddvit_recipe = attention_only(self.model.shiftaddvit_recipe)
+        if self.ended_before:
+            return
         if self.last is None and self.val_loader is not None:
             self.last = evaluate(self.model, self.val_loader, device=self.accelerator.device, amp_dtype=self._amp_dtype(), progress=False)
         if self.folder is None or not self.accelerator.is_main_process:
@@ -250,6 +264,10 @@ class _Session:
             },
         )
         self.folder.write_result(result)
+
+    def _say(self, text: str) -> None:
+        if self.show:
+            print(text, file=sys.stderr, flush=True)
 
     def _log(self, event: dict[str, Any]) -> None:
         if self.folder is not None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from shiftaddvit.files import atomic_write, write_json
 
 RUN, LOG, CHECKPOINT, RESULT, MODEL = "run.json", "log.jsonl", "checkpoint.pt", "result.json", "model.safetensors"
 LATENCY = "latency.json"
+IMAGES = "set of images"
+"""The entry of a description that is compared only where both runs have one."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class RunFolder:
             self._tidy()
         if resume and known.exists():
             before = _described(known)
-            changed = sorted(key for key in before.keys() | description.keys() if before.get(key) != _plain(description.get(key)))
+            changed = [text for key in sorted(before.keys() | description.keys()) if (text := _changed(key, before, _plain(description)))]
             if changed:
                 raise UserError(f"{self.path} was started with another {', '.join(changed)}: resume with the same, or use --overwrite")
             return (self.path / CHECKPOINT).exists()
@@ -75,9 +78,8 @@ class RunFolder:
         path = self.path / CHECKPOINT
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"{path} is damaged ({why}): put back a whole copy, or start again with --overwrite") from None
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            raise UserError(f"{path} is damaged: put back a whole copy, or start again with --overwrite") from None
 
     def write_latency(self, profiles: dict[str, Any]) -> None:
         """The measured times that this run's balance loss weighs experts by."""
@@ -126,6 +128,30 @@ def _described(path: Path) -> dict[str, Any]:
         return dict(found)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, so it is unknown what run this is: start again with --overwrite") from None
+
+
+def _changed(key: str, before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """An entry of the description that is another now, and the first thing in which it is; None where it is the same."""
+    if key == IMAGES and None in (before.get(key), now.get(key)):
+        return None  # not known of runs that were started otherwise or by an older version
+    found = list(_differences((), before.get(key), now.get(key)))
+    if not found:
+        return None
+    path, *values = found[0]
+    first, second = (text if len(text) <= 60 else "another" for text in map(repr, values))
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{key} ({' › '.join((*path, ''))[:-2]}was {first}, is {second}{more})"
+
+
+def _differences(path: tuple[str, ...], before: Any, now: Any) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(where, what was there, what is there now) of everything that differs."""
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _differences((*path, str(key)), before.get(key), now.get(key))
+    elif before != now:
+        yield path, before, now
 
 
 def _plain(value: Any) -> Any:

@@ -64,7 +64,7 @@ def train_stage(run: StageRun, position: Position, state: dict | None) -> nn.Mod
     )
     schedule = CosineLRScheduler(
         optimizer, t_initial=stage.epochs * steps, lr_min=stage.min_lr * scale,
-        warmup_t=int(stage.warmup_epochs * steps), warmup_lr_init=stage.warmup_lr * scale, warmup_prefix=False, t_in_epochs=False,
+        warmup_t=stage.warmup_steps(steps), warmup_lr_init=stage.warmup_lr * scale, warmup_prefix=False, t_in_epochs=False,
     )  # fmt: skip
     ema = ModelEmaV3(run.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     if state:
