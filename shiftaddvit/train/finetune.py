@@ -194,6 +194,8 @@ class _Session:
         profiles = profile_experts(self.model, images)
         if self.folder is not None:
             self.folder.write_latency(profiles_to_json(profiles))
+        if not all(profile["steady"] for profile in profiles.values()):
+            self._log({"event": "note", "note": "expert times are unsteady: the machine was busy; they hold for this run and are not kept"})
         return {name: profile["seconds"] for name, profile in profiles.items()}
 
     def _stage_run(self, number: int, train_loader: Any) -> StageRun:
