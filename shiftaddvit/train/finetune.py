@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,18 @@ def finetune(
         described["number of batches an epoch"] = len(train_loader)
         resuming = _open(folder, described, resume, overwrite, accelerator)
     session = _Session(model, val_loader, config, stages, accelerator, folder, teacher, show)
+    session.loading = _loading(train_loader, accelerator.num_processes)
     session.run(train_loader, folder.load_checkpoint() if resuming else None)
     return FinetuneResult(session.last, session.history, stages)
+
+
+def _loading(loader: Any, processes: int) -> dict[str, Any]:
+    """What makes runs on the same images different: the images a step, and how they are changed."""
+    augment = getattr(loader, "config", None)
+    return {
+        "batches": len(loader), "batch_size": getattr(loader, "batch_size", None), "processes": processes,
+        "augment": asdict(augment) if is_dataclass(augment) else None,
+    }  # fmt: skip
 
 
 def _open(folder: RunFolder, description: dict, resume: bool, overwrite: bool, accelerator: Accelerator) -> bool:
@@ -124,6 +134,7 @@ class _Session:
         self.show = show and accelerator.is_main_process
         self.history: list[dict[str, Any]] = []
         self.last: Evaluation | None = None
+        self.loading: dict[str, Any] = {}
         self.board = None
 
     def run(self, train_loader: Any, checkpoint: dict | None) -> None:
@@ -248,6 +259,7 @@ class _Session:
                 "history": self.history,
                 "stages": [asdict(stage) for stage in self.stages],
                 "config": asdict(self.config),
+                "loading": self.loading,
                 "conditions": conditions(self.accelerator.device, seed=self.config.seed),
             },
         )
