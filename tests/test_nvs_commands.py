@@ -1,0 +1,61 @@
+"""What the nvs commands refuse, replace and say before they work."""
+
+import nvs_synthetic
+import pytest
+import torch
+from cli_runs import refused, run
+from nvs_models import tiny
+
+from shiftaddvit.nvs.choose import check_recipe
+from shiftaddvit.nvs.gnt import GNT, GNTConfig
+from shiftaddvit.nvs.pictures import write_png
+from shiftaddvit.nvs.prepare import prepare
+from shiftaddvit.nvs.state import save_model
+from shiftaddvit.nvs.transforms_json import write_transforms
+from shiftaddvit.errors import UserError
+from shiftaddvit.reparam import recipes, reparameterize
+from shiftaddvit.nvs.rows import ROWS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("scene")
+    scene = nvs_synthetic.make_scene(views=6, width=36, height=32)
+    for name, image in zip(scene.names, scene.images, strict=True):
+        write_png(place / "images" / name, image)
+    write_transforms(place, scene)
+    save_model(tiny(), place / "model.safetensors")
+    return place
+
+
+def test_render_asks_before_it_replaces_and_leaves_no_stale_frame(folder, tmp_path):
+    command = ("nvs", "render", folder, folder / "model.safetensors", "-o", tmp_path / "out", "--device", "cpu", "--samples", 4)
+    run(*command, "--frames", 3)
+    (tmp_path / "out" / "mine.png").write_bytes(b"mine")
+    before = (tmp_path / "out" / "000.png").stat().st_mtime_ns
+    refused(*command, "--frames", 2, says="already holds pictures")
+    assert (tmp_path / "out" / "000.png").stat().st_mtime_ns == before and (tmp_path / "out" / "002.png").exists()
+    run(*command, "--frames", 2, "--overwrite")
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert names == {"000.png", "001.png", "depth/000.png", "depth/001.png", "depth/000.npy", "depth/001.npy", "video.mp4", "depth.mp4", "mine.png"}
+
+
+def test_train_refuses_a_row_of_the_2d_table(folder, tmp_path):
+    said = refused("nvs", "train", folder, "-o", tmp_path / "out", "--recipe", "ours-quant-moe", says="none of the 3D rows")
+    assert all(row in said for row in ROWS) and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="did you mean 'gnt-shift'"):
+        check_recipe("gnt-shft")
+    for allowed in (None, "mine.toml", *ROWS):
+        check_recipe(allowed)
+    reparameterize(GNT(GNTConfig(width=16, depth=1)), recipes["ours-quant-moe"])  # Python takes any
+
+
+def test_prepare_says_one_line_and_the_users_folder(tmp_path, capfd):
+    pytest.importorskip("pycolmap")
+    for number in range(3):
+        image = torch.randint(0, 255, (60, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        write_png(tmp_path / "photos" / f"{number}.png", image)
+    with pytest.raises(UserError) as found:
+        prepare(tmp_path / "photos", tmp_path / "out", threads=1)
+    assert f"none of the 3 photos in {tmp_path / 'photos'} could be placed" in str(found.value)
+    assert capfd.readouterr().err == ""
