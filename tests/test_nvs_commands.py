@@ -8,6 +8,7 @@ from nvs_models import tiny
 
 from shiftaddvit.nvs.choose import check_recipe
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
+from shiftaddvit.nvs.pace import Pace
 from shiftaddvit.nvs.pictures import write_png
 from shiftaddvit.nvs.prepare import prepare
 from shiftaddvit.nvs.state import save_model
@@ -59,3 +60,35 @@ def test_prepare_says_one_line_and_the_users_folder(tmp_path, capfd):
         prepare(tmp_path / "photos", tmp_path / "out", threads=1)
     assert f"none of the 3 photos in {tmp_path / 'photos'} could be placed" in str(found.value)
     assert capfd.readouterr().err == ""
+
+
+def test_a_slow_step_says_how_long_it_takes_and_the_limit_leaves_a_model(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("shiftaddvit.nvs.train.first_chunk", lambda *_: 8)
+    monkeypatch.setattr("shiftaddvit.nvs.pace.PATIENCE", 0.0)
+    ended = run(
+        "nvs", "train", folder, "-o", tmp_path / "run", "--minutes", 0.0001, "--rays", 64, "--samples", 4, "--sources", 3, "--model-width", 16, "--depth", 1,
+        "--device", "cpu",
+    )  # fmt: skip
+    lines = ended.stderr.splitlines()
+    assert lines[0] == "train: steps of 64 rays with 4 points each on cpu"
+    told = [line for line in lines if "a step takes about" in line]
+    assert len(told) == 1 and "longer than the 0 s asked for" in told[0]
+    assert ended.stdout.startswith("1 steps") and (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_the_length_of_a_step_is_foretold_from_its_chunks(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr("shiftaddvit.nvs.pace.time.monotonic", lambda: now[0])
+    pace = Pace(100, 0.2, said.append)
+    pace.start()
+    for done, at in ((2, 5.0), (4, 6.0), (6, 7.0)):  # 4 s for what comes once, then half a second a ray
+        now[0] = at
+        pace.seen(done)
+    assert len(said) == 1 and "about 54 s here, longer than the 12 s asked for" in said[0]
+    quick = Pace(100, None, said.append)
+    quick.start()
+    now[0] += 1
+    quick.seen(50)
+    now[0] += 1
+    quick.seen(99)
+    assert len(said) == 1

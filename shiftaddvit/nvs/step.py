@@ -1,6 +1,6 @@
 """One optimisation step: as many rays at once as the memory holds, gradients added up, the feature net run once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -35,11 +35,13 @@ def precision_context(device: torch.device | str, precision: str) -> AbstractCon
     return nullcontext()
 
 
-def add_gradients(model: nn.Module, batch: Batch, precision: str, balance: Balance | None, chunk: int) -> Float[Tensor, ""]:
+def add_gradients(
+    model: nn.Module, batch: Batch, precision: str, balance: Balance | None, chunk: int, seen: Callable[[int], None] | None = None
+) -> Float[Tensor, ""]:
     """Add the gradients of the batch's mean squared error (and balance loss) to the parameters; returns the squared error, detached.
 
     The feature net runs once and its gradient is gathered over the chunks. Whoever seeds before can repeat a step that ran out of memory
-    with a smaller chunk.
+    with a smaller chunk. `seen` is told the number of rays done after every chunk.
     """
     device = batch.target.device
     sources, features = batch.sources, None
@@ -60,6 +62,8 @@ def add_gradients(model: nn.Module, batch: Batch, precision: str, balance: Balan
             loss = loss + balance.weight * balance_loss(balance.records, balance.costs)
         total += share * (colors.rgb.detach() - target).square().mean()
         (share * loss).backward()
+        if seen is not None:
+            seen(min(start + chunk, rays))
     if features is not None and sources.features.grad is not None:
         features.backward(sources.features.grad.to(features.dtype))
     return total
