@@ -1,17 +1,22 @@
 """What the nvs commands refuse, replace and say before they work."""
 
+import json
+
 import nvs_synthetic
 import pytest
 import torch
 from cli_runs import refused, run
 from nvs_models import tiny
 
+from shiftaddvit.nvs.batch import Batch, TrainingScene, draw_batch
 from shiftaddvit.nvs.choose import check_recipe
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
 from shiftaddvit.nvs.pace import Pace
 from shiftaddvit.nvs.pictures import write_png
 from shiftaddvit.nvs.prepare import prepare
+from shiftaddvit.nvs.scene import normalise
 from shiftaddvit.nvs.state import save_model
+from shiftaddvit.nvs.step import add_gradients
 from shiftaddvit.nvs.transforms_json import write_transforms
 from shiftaddvit.errors import UserError
 from shiftaddvit.reparam import recipes, reparameterize
@@ -73,6 +78,8 @@ def test_a_slow_step_says_how_long_it_takes_and_the_limit_leaves_a_model(folder,
     assert lines[0] == "train: steps of 64 rays with 4 points each on cpu"
     told = [line for line in lines if "a step takes about" in line]
     assert len(told) == 1 and "longer than the 0 s asked for" in told[0]
+    facts = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert facts["steps"] == 1 and facts["held_out_psnr"] is not None
     assert ended.stdout.startswith("1 steps") and (tmp_path / "run" / "model.safetensors").is_file()
 
 
@@ -80,15 +87,30 @@ def test_the_length_of_a_step_is_foretold_from_its_chunks(monkeypatch):
     now, said = [0.0], []
     monkeypatch.setattr("shiftaddvit.nvs.pace.time.monotonic", lambda: now[0])
     pace = Pace(100, 0.2, said.append)
-    pace.start()
-    for done, at in ((2, 5.0), (4, 6.0), (6, 7.0)):  # 4 s for what comes once, then half a second a ray
+    pace.start(0.0)
+    cuts = []
+    for done, at in ((2, 5.0), (4, 6.0), (6, 7.0), (12, 10.0), (14, 11.0), (16, 12.0)):  # 4 s for what comes once, then half a second a ray
         now[0] = at
-        pace.seen(done)
+        cuts.append(pace.seen(done))
     assert len(said) == 1 and "about 54 s here, longer than the 12 s asked for" in said[0]
+    assert cuts == [False] * 5 + [True] and pace.cut == 16
     quick = Pace(100, None, said.append)
-    quick.start()
-    now[0] += 1
-    quick.seen(50)
-    now[0] += 1
-    quick.seen(99)
-    assert len(said) == 1
+    quick.start(0.0)
+    for done in (50, 99, 100):
+        now[0] += 1
+        assert not quick.seen(done)
+    assert len(said) == 1 and quick.cut is None
+
+
+def test_a_step_that_ends_early_has_the_gradient_of_the_rays_done():
+    model = tiny().train(False)
+    scene = TrainingScene.of(normalise(nvs_synthetic.make_scene(views=6, width=36, height=32)), "cpu")
+    batch = draw_batch([scene], 0, 0, 32, 3, 0)
+    cut = add_gradients(model, batch, "fp32", None, 8, lambda done: done >= 16)
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    whole = add_gradients(model, Batch(batch.rays.chunk(0, 16), batch.target[:16], batch.sources), "fp32", None, 8)
+    assert torch.allclose(cut, whole)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name

@@ -148,6 +148,8 @@ class _Training:
             errors += self._one_step()
             since += 1
             self.seconds += time.monotonic() - start
+            if self.pace.cut is not None and self.held_out:  # a look at all its pixels would take longer than the training
+                self.held_out = HeldOut.of(self.scenes[0].scene, self.device, self.pace.cut)
             due = self.step % self.config.check_every == 0 or self._finished()
             if due:
                 start = time.monotonic()
@@ -169,7 +171,7 @@ class _Training:
         for group, lr in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = lr * factor
         batch = self._batch()
-        self.pace.start()
+        self.pace.start(self.seconds)
         torch.manual_seed(step_seed(config.seed, self.step))
         if self.graph is not None and self.graph.takes(batch):
             try:
