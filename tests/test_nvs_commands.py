@@ -8,19 +8,19 @@ import torch
 from cli_runs import refused, run
 from nvs_models import tiny
 
+from shiftaddvit.errors import UserError
 from shiftaddvit.nvs.batch import Batch, TrainingScene, draw_batch
 from shiftaddvit.nvs.choose import check_recipe
 from shiftaddvit.nvs.gnt import GNT, GNTConfig
 from shiftaddvit.nvs.pace import Pace
 from shiftaddvit.nvs.pictures import write_png
 from shiftaddvit.nvs.prepare import prepare
+from shiftaddvit.nvs.rows import ROWS
 from shiftaddvit.nvs.scene import normalise
 from shiftaddvit.nvs.state import save_model
 from shiftaddvit.nvs.step import add_gradients
 from shiftaddvit.nvs.transforms_json import write_transforms
-from shiftaddvit.errors import UserError
 from shiftaddvit.reparam import recipes, reparameterize
-from shiftaddvit.nvs.rows import ROWS
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def test_a_slow_step_says_how_long_it_takes_and_the_limit_leaves_a_model(folder,
     monkeypatch.setattr("shiftaddvit.nvs.train.first_chunk", lambda *_: 8)
     monkeypatch.setattr("shiftaddvit.nvs.pace.PATIENCE", 0.0)
     ended = run(
-        "nvs", "train", folder, "-o", tmp_path / "run", "--minutes", 0.0001, "--rays", 64, "--samples", 4, "--sources", 3, "--model-width", 16, "--depth", 1,
-        "--device", "cpu",
+        "nvs", "train", folder, "-o", tmp_path / "run", "--minutes", 0.0001, "--rays", 64, "--samples", 4, "--sources", 3,
+        "--model-width", 16, "--depth", 1, "--device", "cpu",
     )  # fmt: skip
     lines = ended.stderr.splitlines()
     assert lines[0] == "train: steps of 64 rays with 4 points each on cpu"

@@ -128,7 +128,8 @@ def test_a_change_of_settings_is_another_row(tmp_path):
 def test_copies_of_one_run_count_once(tmp_path):
     for number, name in enumerate(("one", "two", "three")):
         later = files.CONDITIONS | {"time": f"2026-11-0{number + 1}T10:00:00+00:00"}
-        files.put(tmp_path, f"{name}/result.json", files.finetune(150, {"name": "msa"}, conditions=later, evaluation=files.evaluation(150) | {"conditions": later}))
+        seen = files.evaluation(150) | {"conditions": later}
+        files.put(tmp_path, f"{name}/result.json", files.finetune(150, {"name": "msa"}, conditions=later, evaluation=seen))
     made = content(read_results([tmp_path]))
     assert cell_of(made.comparisons[0], "msa", "top-1 %").text == "75.00"
     assert sorted(file.path for file in made.aside) == [f"{tmp_path.name}/one/result.json", f"{tmp_path.name}/two/result.json"]

@@ -187,7 +187,7 @@ def _notes(found: Comparison) -> list[str]:
             "* simulated as if experts ran in parallel for free."
         )
     if found.control is not None:
-        notes.append(f"Differences are against “{found.control.label}” on the same images, image by image; in brackets the 95 % interval of the pairs.")
+        notes.append(f"Differences are against “{found.control.label}”, image by image on the same images; in brackets the 95 % interval of them.")
     if any(len(line.runs) > 1 for line in found.lines):
         notes.append("± after a top-1 is the standard deviation over runs that differ in their seed alone, of which it is the mean.")
     if any(line.energy for line in found.lines):

@@ -61,7 +61,8 @@ def profile_experts(model: nn.Module, images: Tensor, cache: Path | None = None)
                 _keep(cache, [one for one in known.values() if one["steady"]])
         found[name] = known[key]
     if unsteady:
-        warnings.warn(f"expert times of {unsteady} layer shape{'s' * (unsteady > 1)} are unsteady, the machine is busy: used here, not kept", stacklevel=2)
+        shapes = f"{unsteady} layer shape{'s' * (unsteady > 1)}"
+        warnings.warn(f"expert times of {shapes} are unsteady, the machine is busy: used here, not kept", stacklevel=2)
     return found
 
 
