@@ -218,8 +218,11 @@ def test_search_writes_a_recipe_that_convert_takes_and_tables_for_the_next_searc
     changed = {o["modules"] for o in load(tmp_path / "b.safetensors").shiftaddvit_recipe.to_dict()["overrides"]}
     assert changed == set(found["found"]["choice"]) != set()
     again = ("search", dense, "--sensitivity", tmp_path / "a" / "sensitivity.json", *few, "--no-figure")
-    outcome = run(*again, "--budget", "energy=0.01", "-o", tmp_path / "c", "--json")
+    outcome = run(*again, "--budget", "energy=0.01", "-o", tmp_path / "c", "--json", code=3)
     assert json.loads(outcome.stdout)["met"] is False
+    outcome = run(*again, "--budget", "energy=0.01", "-o", tmp_path / "c", "--overwrite", code=3)
+    assert "next:" not in outcome.stdout and "nearest" in outcome.stdout and "cannot be met" in outcome.stderr
+    assert (tmp_path / "c" / "recipe.toml").is_file()
     refused(*again, "-o", tmp_path / "a", says="recipe.toml exists already")
     other = tmp_path / "other.safetensors"
     torch.manual_seed(1)

@@ -20,7 +20,7 @@ from shiftaddvit.data.order import Shard
 from shiftaddvit.data.resident import ResidentLoader
 from shiftaddvit.errors import UserError
 from shiftaddvit.evaluation import Evaluation, compare, evaluate
-from shiftaddvit.evaluation.accuracy import mcnemar, wilson_interval
+from shiftaddvit.evaluation.accuracy import mcnemar, paired_interval, wilson_interval
 
 
 class Reader(nn.Module):
@@ -159,6 +159,30 @@ def test_comparison_counts_what_only_one_model_gets_right():
     assert back.difference == -paired.difference
     assert back.interval95 == pytest.approx([-paired.interval95[1], -paired.interval95[0]])
     json.dumps(paired.to_json())
+
+
+def test_interval_leaves_zero_out_exactly_where_the_exact_test_says_so():
+    low, high = paired_interval(6, 15, 60)
+    assert mcnemar(6, 15) > 0.05 and low < -15 < 0 < high
+    for images, most in ((60, 30), (2000, 90), (50_000, 60)):
+        for first in range(most):
+            for second in range(first + 1):
+                low, high = paired_interval(first, second, images)
+                assert (low > 0) == (mcnemar(first, second) < 0.05), (first, second, images)
+                assert low <= 100 * (first - second) / images <= high
+
+
+@given(first=st.integers(0, 3000), second=st.integers(0, 3000))
+@settings(max_examples=50, deadline=None)
+def test_interval_holds_that_of_the_exact_test(first, second):
+    discordant = first + second
+    low, high = paired_interval(first, second, 10_000)
+    exact = stats.binomtest(first, discordant).proportion_ci(0.95, "exact") if discordant else None
+    if exact is not None:
+        scale = discordant / 100
+        assert low <= scale * (2 * exact.low - 1) + 1e-6 and high >= scale * (2 * exact.high - 1) - 1e-6
+        half = 0.5 * (high - low)
+        assert half < 1.1 * (196 * np.sqrt(discordant + 1) / 10_000) + 0.02, "not much wider than it must be"
 
 
 def test_paired_interval_agrees_with_the_bootstrap():

@@ -1,6 +1,7 @@
 """The report: what it reads, what it makes of several files together, and what its command says."""
 
 import json
+import re
 
 import pytest
 import report_files as files
@@ -122,6 +123,32 @@ def test_a_change_of_settings_is_another_row(tmp_path):
     files.put(tmp_path, "pvt_v2_b0-noisy-s0.json", files.finetune(100, {"name": "ours-quant-moe", "moe": {"noise": False}}))
     lines = [line for line in comparisons(read_results([tmp_path]))[0].lines if line.runs]
     assert [line.top1 for line in lines] in ([75, 50], [50, 75]) and len({line.label for line in lines}) == 2
+
+
+def test_copies_of_one_run_count_once(tmp_path):
+    for number, name in enumerate(("one", "two", "three")):
+        later = files.CONDITIONS | {"time": f"2026-11-0{number + 1}T10:00:00+00:00"}
+        seen = files.evaluation(150) | {"conditions": later}
+        files.put(tmp_path, f"{name}/result.json", files.finetune(150, {"name": "msa"}, conditions=later, evaluation=seen))
+    made = content(read_results([tmp_path]))
+    assert cell_of(made.comparisons[0], "msa", "top-1 %").text == "75.00"
+    assert sorted(file.path for file in made.aside) == [f"{tmp_path.name}/one/result.json", f"{tmp_path.name}/two/result.json"]
+
+
+def test_runs_of_other_batch_sizes_are_rows_of_their_own(tmp_path):
+    for right, size in ((150, 32), (160, 64)):
+        files.put(tmp_path, f"batch-{size}/result.json", files.finetune(right, {"name": "msa"}, loading={"batch_size": size}))
+    lines = [line for line in comparisons(read_results([tmp_path]))[0].lines if line.runs]
+    assert [line.top1 for line in lines] == [75, 80] and ["batch-32" in lines[0].label, "batch-64" in lines[1].label] == [True, True]
+
+
+def test_plus_or_minus_means_one_thing_and_the_page_says_which(folder):
+    found = comparisons(read_results([folder]))[0]
+    assert "±" in cell_of(found, "ours-quant-moe", "top-1 %").text
+    difference = cell_of(found, "ours-quant-moe", "vs dense, points").text
+    assert "±" not in difference and re.fullmatch(r"[+−][\d.]+ \([+−][\d.]+ … [+−][\d.]+\)", difference)
+    notes = [note for note in table(found, 0).notes if "±" in note]
+    assert len(notes) == 1 and "standard deviation" in notes[0]
 
 
 def test_other_images_under_the_same_name_are_another_table(tmp_path):

@@ -17,13 +17,10 @@ from train_runs import STEPS, TWO_STAGES, Stopping, loader, model, same
 
 import shiftaddvit
 from shiftaddvit.errors import UserError
-from shiftaddvit.files import write_json
-from shiftaddvit.layers import AngularAttention, KernelHash, MoELinear, ShiftLinear
+from shiftaddvit.layers import AngularAttention, KernelHash, ShiftLinear
 from shiftaddvit.reparam import Recipe, recipes
-from shiftaddvit.schema import stamped, was_changed
 from shiftaddvit.train import FinetuneConfig, NotFinite, StageConfig, finetune, pretraining
 from shiftaddvit.train.config import config_from_dict
-from shiftaddvit.train.latency import measure_expert_latency, set_expert_costs
 from shiftaddvit.train.optim import make_optimizer, parameter_groups
 from shiftaddvit.train.plan import plan_stages
 from shiftaddvit.train.position import Position, step_seed
@@ -227,66 +224,6 @@ def test_hashes_are_calibrated_before_the_first_step(tmp_path):
 def test_a_packed_model_is_refused():
     with pytest.raises(UserError, match="no longer trains"):
         finetune(shiftaddvit.pack(model("mlp-shift")), loader(), None, TWO_STAGES, show=False)
-
-
-def test_latency_is_measured_once_a_shape_and_cached(tmp_path):
-    built, images = model(), torch.randn(2, 3, 32, 32)
-    cache = tmp_path / "latency.json"
-    costs = measure_expert_latency(built, images, cache)
-    assert set(costs) == {name for name, module in built.named_modules() if isinstance(module, MoELinear)}
-    assert all(len(values) == 2 and min(values) > 0 for values in costs.values())
-    rows = json.loads(cache.read_text())["rows"]
-    assert len(rows) == 4 and all(row["experts"] == ["mult", "shift"] and "thread" in row["device"] for row in rows)
-    write_json(cache, stamped("expert-latency", {"rows": [row | {"seconds": [3.0, 1.0]} for row in rows]}))
-    costs = measure_expert_latency(built, images, cache)
-    assert all(values == [3.0, 1.0] for values in costs.values())
-    set_expert_costs(built, costs)
-    assert built.blocks[0].mlp.fc1.latency.tolist() == [0.75, 0.25]
-    assert measure_expert_latency(built, torch.randn(1, 3, 32, 32), cache) != costs  # another number of tokens
-
-
-def test_a_latency_of_another_device_is_not_taken(tmp_path):
-    built, images, cache = model("mlp-moe"), torch.randn(1, 3, 32, 32), tmp_path / "latency.json"
-    measure_expert_latency(built, images, cache)
-    rows = json.loads(cache.read_text())["rows"]
-    write_json(cache, stamped("expert-latency", {"rows": [row | {"seconds": [3.0, 1.0], "device": "another machine"} for row in rows]}))
-    assert all(values != [3.0, 1.0] for values in measure_expert_latency(built, images, cache).values())
-    assert len(json.loads(cache.read_text())["rows"]) == 2 * len(rows)
-
-
-ROW = {"device": "x", "layer": "mlp", "shape": [8, 8, 8], "experts": ["mult", "shift"], "tokens": 1, "dtype": "float32", "seconds": [3.0, 1.0]}
-
-
-@pytest.mark.parametrize("content", [
-    "{", "[1, 2]", "", json.dumps({"cpu x2 | linear 8->8 mult/shift | tokens 4 | torch.float32": [3.0, 1.0]}),
-    json.dumps(stamped("expert-latency", {"rows": []}) | {"rows": [ROW]}), json.dumps(stamped("search-latency", {"rows": [ROW]})),
-    json.dumps({"shiftaddvit": 1, "rows": [ROW]}),
-], ids=["half", "list", "empty", "older", "edited", "other kind", "no stamp"])  # fmt: skip
-def test_a_latency_cache_that_is_none_of_ours_is_measured_again(content, tmp_path):
-    (tmp_path / "latency.json").write_text(content)
-    assert measure_expert_latency(model("mlp-moe"), torch.randn(1, 3, 32, 32), tmp_path / "latency.json")
-    assert all(row["device"] != "x" for row in json.loads((tmp_path / "latency.json").read_text())["rows"])
-
-
-def test_a_run_keeps_the_latencies_that_its_balance_loss_weighs_by(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    built = model()
-    finetune(built, loader(), None, replace(TWO_STAGES, cost="latency"), output=tmp_path / "run", show=False)
-    kept = json.loads((tmp_path / "run" / "latency.json").read_text())
-    assert not was_changed(kept) and kept["shiftaddvit"]["kind"] == "expert-latency"
-    mixtures = {name: row["seconds"] for row in kept["rows"] for name in row["mixtures"]}
-    assert set(mixtures) == {name for name, module in built.named_modules() if isinstance(module, MoELinear)}
-    for name, seconds in mixtures.items():
-        expected = torch.tensor(seconds, dtype=torch.float32) / sum(seconds)
-        assert torch.allclose(built.get_submodule(name).latency, expected), name
-    finetune(model("mlp-shift"), loader(), None, TWO_STAGES, output=tmp_path / "run", overwrite=True, show=False)
-    assert not (tmp_path / "run" / "latency.json").exists(), "of the run that was replaced"
-
-
-def test_a_cache_that_cannot_be_written_does_not_stop_training(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="not kept"):
-        assert measure_expert_latency(model("mlp-moe"), torch.randn(1, 3, 32, 32), tmp_path / "file" / "latency.json")
 
 
 def test_every_step_has_a_seed_of_its_own():

@@ -106,6 +106,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path, uninterrupted):
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
     assert stored["history"] == result.history and stored["conditions"]["seed"] == 3
     assert stored["evaluation"]["top1"] == result.evaluation.top1
+    assert stored["loading"]["batch_size"] == loader().batch_size and stored["loading"]["batches"] == len(loader())
 
 
 KILLS = """

@@ -9,13 +9,14 @@ from shiftaddvit.errors import UserError
 
 from . import options
 from .energy import parse_size
-from .failures import refuse_existing, told_when_disk_is_full
+from .failures import refuse_existing, refuse_unwritable, told_when_disk_is_full
 from .model_choice import ModelChoice, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FORMATS = ("torch", "onnx", "vectors")
+_FORMATS = {"torch": ".pt2", "onnx": ".onnx", "vectors": ""}
+"""With the ending of their files; as in `portable`, which takes seconds to import."""
 
 
 def export(
@@ -36,13 +37,18 @@ def export(
     overwrite: options.Overwrite = False,
 ) -> None:  # fmt: skip
     """Write a model for another runtime, and run what was written before it counts."""
-    options.one_of("--format", format, _FORMATS)
+    options.one_of("--format", format, tuple(_FORMATS))
     if format == "vectors":
         _refuse_folder(output, overwrite)
         if images is None:
             raise UserError("--format vectors calibrates the ranges of activations on images: give --images DATA")
+        refuse_unwritable(output / "file")
     else:
+        if output.suffix != _FORMATS[format]:
+            raise UserError(f"a file of format {format!r} must end in {_FORMATS[format]}, got {str(output)!r}")
         refuse_existing(output, overwrite)
+        if opset is not None and format != "onnx":
+            raise UserError("--opset is about --format onnx only")
     if tolerance <= 0:
         raise UserError(f"--tolerance must be above 0, got {tolerance:g}")
     size = parse_size(image_size)

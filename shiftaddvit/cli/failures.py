@@ -4,6 +4,7 @@ import errno
 import os
 import shlex
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,21 @@ def refuse_existing(path: Path | None, overwrite: bool) -> None:
         raise UserError(f"{path} is a folder; name a file to write")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: name another file, or replace it with --overwrite")
+    refuse_unwritable(path)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise UserError if no file can be made where `path` is to be; nothing is left behind."""
+    folder = path.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise UserError(f"{path} cannot be written: {folder}: {(error.strerror or type(error).__name__).lower()}") from None
 
 
 @contextmanager

@@ -30,7 +30,8 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 2 for a mistake in what was given, 130 for Ctrl-C, or SIGTERM while training; a bug ends with its traceback and 1."""
+    """Entry point. Exit codes: 0; 2 for a mistake in what was given; 3 from `bench` (wrong or slower) and `search` (budget not met); 130 for
+    Ctrl-C, or SIGTERM while training; a bug ends with its traceback and 1."""
     app(prog_name="shiftaddvit")
 
 

@@ -8,6 +8,10 @@ from typing import Annotated
 
 import typer
 
+from shiftaddvit.errors import UserError
+
+from .failures import refuse_unwritable
+
 app = typer.Typer(
     help="Novel view synthesis: prepare photos, train GNT or NeRF, convert to shifts and adds, render, evaluate.",
     no_args_is_help=True,
@@ -134,11 +138,12 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
 ) -> None:
     """Train on one scene or across scenes, from nothing or after conversion."""
-    from shiftaddvit.nvs.choose import choose_device, choose_model
+    from shiftaddvit.nvs.choose import check_recipe, choose_device, choose_model
     from shiftaddvit.nvs.load import load_scene
     from shiftaddvit.nvs.train import NvsTrainConfig
     from shiftaddvit.nvs.train import train as run
 
+    check_recipe(recipe)
     loaded = [load_scene(folder, width, hold_out, near, far) for folder in scenes]
     shape = {"samples": samples, "sources": sources, "width": model_width, "depth": depth}
     chosen = choose_model(model.value, start, recipe, shape, loaded[0], seed)
@@ -169,13 +174,17 @@ def render(
     precision: RenderBits = RenderPrecision.fp32,
     engine: Engine = RenderEngine.auto,
     device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures and videos in the output folder.")] = False,
 ) -> None:
     """Render a camera path to PNG, depth and MP4; held-out views also beside the truth with their error."""
     from shiftaddvit.nvs.choose import choose_device, choose_path, load_any
     from shiftaddvit.nvs.load import load_scene
-    from shiftaddvit.nvs.output import write_frames
+    from shiftaddvit.nvs.output import write_frames, written_frames
     from shiftaddvit.nvs.render import make_renderer
 
+    refuse_unwritable(output / "000.png")
+    if not overwrite and written_frames(output):
+        raise UserError(f"{output} already holds pictures: replace them (--overwrite) or choose another folder (--output)")
     loaded = load_scene(scene, width, hold_out, near, far)
     cameras = choose_path(path, loaded, frames)
     renderer = make_renderer(load_any(model, samples), loaded, choose_device(device), precision.value, chunk, engine.value)
@@ -263,8 +272,9 @@ def quickstart(
     device: Device = "cpu",
 ) -> None:
     """The whole path on the embedded scene in under four minutes on two cores: floor, small GNT, conversion, picture strip."""
-    from shiftaddvit.nvs.choose import choose_device
+    from shiftaddvit.nvs.choose import check_recipe, choose_device
     from shiftaddvit.nvs.quickstart import quickstart as run
 
+    check_recipe(recipe)
     result = run(output, recipe, train_minutes, tune_minutes, choose_device(device), typer.echo)
     typer.echo(f"{result.seconds:.0f} s in all; truth, {', '.join(result.scores)} (depth below): {result.strip}")

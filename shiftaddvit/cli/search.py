@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 RECIPE, RESULT, SENSITIVITY, LATENCY, FIGURE = "recipe.toml", "search.json", "sensitivity.json", "latency.json", "front.svg"
 """What a search writes into its folder."""
+NOT_MET = 3
+"""Exit code when the budgets cannot be met; the nearest point is written all the same."""
 
 
 def search(
@@ -57,7 +59,8 @@ def search(
     download: options.Download = False,
     overwrite: options.Overwrite = False,
 ) -> None:  # fmt: skip
-    """Find the recipe that harms a model least under a budget, layer by layer, and show every trade-off there is."""
+    """Find the recipe that harms a model least under a budget, layer by layer, and show every trade-off there is. Exit code 3: the budgets
+    cannot be met; what is written is the nearest point."""
     for name in (RECIPE, RESULT, SENSITIVITY, LATENCY, FIGURE):
         refuse_existing(output / name, overwrite)
     amp_dtype = autocast_type(precision)
@@ -128,6 +131,9 @@ def search(
     result = stamped("search", about | found.to_json())
     written = _write(found, output, result, measured, figure)
     _show(found, written, result, as_json, model, output)
+    if not found.met:
+        typer.echo(f"the budgets cannot be met: {output / RECIPE} is the nearest point, over the budget", err=True)
+        raise typer.Exit(NOT_MET)
 
 
 def _write(found: "Found", output: Path, result: dict[str, Any], measured: dict[str, Any], figure: bool) -> list[Path]:
@@ -160,6 +166,8 @@ def _show(found: "Found", written: list[Path], result: dict[str, Any], as_json: 
     typer.echo(f"written: {', '.join(map(str, written))}")
     if result["data"] is not None and result["split"] != "train":
         typer.echo(f"the search has looked at the {result['split']} images: the accuracy to report must come from others")
+    if not found.met:
+        return
     if found.recipe.overrides:
         typer.echo(f"next: shiftaddvit finetune {model} DATA --recipe {output / RECIPE} --output RUN")
     else:

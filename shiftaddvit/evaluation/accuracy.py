@@ -144,7 +144,7 @@ class Paired:
     difference: float
     """Top-1 of the first minus that of the second, in points."""
     interval95: tuple[float, float]
-    """95 % interval of the difference, in points (Agresti and Min, 2005: half an image added to each cell)."""
+    """95 % interval of the difference, in points (see `intervals.paired_interval`): without zero exactly where `p_value` is below 0.05."""
     p_value: float
     """Two-sided exact McNemar test of no difference."""
     only_first: int

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shiftaddvit.errors import UserError, unknown
-from shiftaddvit.reparam import reparameterize
+from shiftaddvit.reparam import recipes, reparameterize
 
 from .floors import Nearest, Sweep
 from .gnt import GNT, GNTConfig
@@ -50,6 +50,16 @@ def load_any(source: str | os.PathLike, samples: int | None = None) -> nn.Module
         model.samples = samples
         model.config = replace(model.config, samples=samples)
     return model
+
+
+def check_recipe(recipe: str | None) -> None:
+    """UserError for what the command line does not convert to: a name that is no row of the 3D table. A TOML file may say anything, and from
+    Python `reparameterize` takes every recipe."""
+    if recipe is None or recipe in ROWS or Path(recipe).suffix == ".toml":
+        return
+    if recipe in recipes:
+        raise UserError(f"recipe {recipe!r} is for image classifiers, none of the 3D rows; allowed: {', '.join(ROWS)}, or a .toml file")
+    raise unknown("recipe", recipe, (*ROWS, "a .toml file"))
 
 
 def choose_model(

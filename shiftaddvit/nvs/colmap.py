@@ -151,9 +151,9 @@ def write_colmap(folder: str | os.PathLike, scene: Scene) -> None:
 
 @contextmanager
 def _quiet(pycolmap: ModuleType) -> Iterator[None]:
-    """Without the log lines of every photo."""
+    """Without log lines: what goes wrong is said in one of our own."""
     before = pycolmap.logging.minloglevel
-    pycolmap.logging.minloglevel = int(pycolmap.logging.Level.ERROR)
+    pycolmap.logging.minloglevel = int(pycolmap.logging.Level.FATAL)
     try:
         yield
     finally:
@@ -173,10 +173,10 @@ class Motion(NamedTuple):
     """Number of separate models found; all but the largest are left."""
 
 
-def structure_from_motion(pictures: Path, names: tuple[str, ...], threads: int = -1, seed: int = 0) -> Motion:
+def structure_from_motion(pictures: Path, names: tuple[str, ...], threads: int = -1, seed: int = 0, called: Path | None = None) -> Motion:
     """Poses of the photos `names` in `pictures`, taken by one camera: SIFT, all pairs, incremental mapping; the largest model is kept.
 
-    Raises `UserError` when fewer than two photos register, naming those that do not.
+    Raises `UserError` when fewer than two photos register, naming those that do not, and the folder as `called` where that is given.
     """
     pycolmap = require_pycolmap()
     pycolmap.set_random_seed(seed)
@@ -198,7 +198,7 @@ def structure_from_motion(pictures: Path, names: tuple[str, ...], threads: int =
         models = pycolmap.incremental_mapping(database, pictures, output, options=options)
     if not models:
         raise UserError(
-            f"none of the {len(names)} photos in {pictures} could be placed; "
+            f"none of the {len(names)} photos in {called or pictures} could be placed; "
             "take sharp photos of one still scene that overlap by more than half, walking sideways between them"
         )
     largest = max(models.values(), key=lambda model: model.num_reg_images())

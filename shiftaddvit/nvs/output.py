@@ -1,5 +1,6 @@
 """What people see of a rendering or a score: files in a folder, a progress bar, tables."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,10 +21,21 @@ from .render import Picture, Renderer, render_path
 from .scene import Camera
 from .video import depth_picture, error_picture, write_depth, write_video
 
+VIDEOS = ("video.mp4", "depth.mp4")
+_FRAME = re.compile(r"\d{3,}\.(png|npy)")
+
+
+def written_frames(folder: Path) -> list[Path]:
+    """What an earlier `write_frames` left in `folder`."""
+    found = [path for part in ("", "depth", "error") for path in sorted((folder / part).glob("*")) if _FRAME.fullmatch(path.name)]
+    return found + [folder / name for name in VIDEOS if (folder / name).is_file()]
+
 
 def write_frames(renderer: Renderer, cameras: list[Camera], folder: Path, rate: int, truth: list[Tensor] | None = None) -> float:
     """Render a path into `folder`: 000.png …, depth/ (pictures and float32 `.npy`), error/ where the truth is known, and two videos where
-    there are at least two pictures of one size. Returns seconds an image (mean)."""
+    there are at least two pictures of one size. What an earlier rendering left there is removed. Returns seconds an image (mean)."""
+    for old in written_frames(folder):
+        old.unlink()
     near, far = (bound / renderer.scene.unit for bound in renderer.scene.depth_range)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
@@ -39,8 +51,8 @@ def write_frames(renderer: Renderer, cameras: list[Camera], folder: Path, rate: 
 
         pictures = render_path(renderer, cameras, seen)
     if len(pictures) > 1 and len({picture.rgb.shape for picture in pictures}) == 1:
-        write_video(folder / "video.mp4", [picture.rgb for picture in pictures], rate)
-        write_video(folder / "depth.mp4", [depth_picture(picture.depth, near, far) for picture in pictures], rate)
+        write_video(folder / VIDEOS[0], [picture.rgb for picture in pictures], rate)
+        write_video(folder / VIDEOS[1], [depth_picture(picture.depth, near, far) for picture in pictures], rate)
     return float(torch.tensor([picture.seconds for picture in pictures]).mean())
 
 

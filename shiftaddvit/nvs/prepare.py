@@ -53,7 +53,7 @@ def prepare(photos: str | os.PathLike, output: str | os.PathLike, longest: int =
         upright = Path(scratch) / "upright"
         upright.mkdir()
         names = _shrink(paths, upright, longest)
-        motion = structure_from_motion(upright, names, threads)
+        motion = structure_from_motion(upright, names, threads, called=Path(photos))
         scene = scene_of(motion.model, upright, output.resolve().name)
         made = Path(scratch) / "scene"
         written = tuple(f"{Path(name).stem}.jpg" for name in scene.names)

@@ -1,6 +1,6 @@
 """One optimisation step: as many rays at once as the memory holds, gradients added up, the feature net run once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -35,11 +35,14 @@ def precision_context(device: torch.device | str, precision: str) -> AbstractCon
     return nullcontext()
 
 
-def add_gradients(model: nn.Module, batch: Batch, precision: str, balance: Balance | None, chunk: int) -> Float[Tensor, ""]:
+def add_gradients(
+    model: nn.Module, batch: Batch, precision: str, balance: Balance | None, chunk: int, seen: Callable[[int], bool] | None = None
+) -> Float[Tensor, ""]:
     """Add the gradients of the batch's mean squared error (and balance loss) to the parameters; returns the squared error, detached.
 
     The feature net runs once and its gradient is gathered over the chunks. Whoever seeds before can repeat a step that ran out of memory
-    with a smaller chunk.
+    with a smaller chunk. `seen` is told the number of rays done after every chunk; where it says so the step ends there, and error and
+    gradients are those of the rays done.
     """
     device = batch.target.device
     sources, features = batch.sources, None
@@ -50,6 +53,7 @@ def add_gradients(model: nn.Module, batch: Batch, precision: str, balance: Balan
             sources = sources._replace(features=features.detach().requires_grad_())
     total = torch.zeros((), device=device)
     rays = len(batch.target)
+    done = rays
     for start in range(0, rays, chunk):
         target = batch.target[start : start + chunk]
         with precision_context(device, precision):
@@ -60,8 +64,16 @@ def add_gradients(model: nn.Module, batch: Batch, precision: str, balance: Balan
             loss = loss + balance.weight * balance_loss(balance.records, balance.costs)
         total += share * (colors.rgb.detach() - target).square().mean()
         (share * loss).backward()
+        if seen is not None and seen(min(start + chunk, rays)):
+            done = min(start + chunk, rays)
+            break
     if features is not None and sources.features.grad is not None:
         features.backward(sources.features.grad.to(features.dtype))
+    if done < rays:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= rays / done
+        total *= rays / done
     return total
 
 

@@ -26,6 +26,7 @@ from .card import ViewFacts
 from .check import HeldOut
 from .gnt import GNT
 from .memory import Chunk, first_chunk, out_of_memory
+from .pace import Pace
 from .scene import Scene, check_sources
 from .state import kind_of, save_model
 from .step import Balance, add_gradients, measure_costs
@@ -104,6 +105,7 @@ class _Training:
         forms = min(MOST_GRAPHS, len(scenes) * (1 + 2 * config.source_jitter))
         self.graph = StepGraph(self._update, self.optimizer, note, forms=forms) if config.cuda_graph else None
         self.balance: Balance | None = None
+        self.pace = Pace(config.rays)
         if config.compile and not expert_costs(model):
             for part in (model.net_coarse, model.feature_net) if isinstance(model, GNT) else (model.coarse, model.fine):
                 part.compile()
@@ -113,9 +115,12 @@ class _Training:
             self._restore()
         total = self.config.steps if self.config.minutes is None else math.ceil(60 * self.config.minutes)
         mixtures = bool(expert_costs(self.model)) and self.config.balance_weight > 0
+        bar = TrainingProgress("train", total, self._done(), show)
+        bar.say(f"steps of {self.config.rays} rays with {self.model.samples} points each on {self.device}")
         if mixtures and self.config.measure_latency and not going_on:
             measure_costs(self.model, self._batch())
-        with TrainingProgress("train", total, self._done(), show) as progress, record_routing(self.model) as records, deferred_interrupt() as asked:
+        self.pace = Pace(self.config.rays, self.config.minutes, bar.say)
+        with bar as progress, record_routing(self.model) as records, deferred_interrupt() as asked:
             if mixtures:
                 self.balance = Balance(records, expert_costs(self.model), self.config.balance_weight)
             result = self._loop(progress, until, asked)
@@ -143,6 +148,8 @@ class _Training:
             errors += self._one_step()
             since += 1
             self.seconds += time.monotonic() - start
+            if self.pace.cut is not None and self.held_out:  # a look at all its pixels would take longer than the training
+                self.held_out = HeldOut.of(self.scenes[0].scene, self.device, self.pace.cut)
             due = self.step % self.config.check_every == 0 or self._finished()
             if due:
                 start = time.monotonic()
@@ -164,6 +171,7 @@ class _Training:
         for group, lr in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = lr * factor
         batch = self._batch()
+        self.pace.start(self.seconds)
         torch.manual_seed(step_seed(config.seed, self.step))
         if self.graph is not None and self.graph.takes(batch):
             try:
@@ -185,7 +193,7 @@ class _Training:
             self.optimizer.zero_grad(set_to_none=True)
             if not recording():
                 torch.manual_seed(step_seed(self.config.seed, self.step))
-            return add_gradients(self.model, batch, self.config.precision, self.balance, rays)
+            return add_gradients(self.model, batch, self.config.precision, self.balance, rays, None if recording() else self.pace.seen)
 
         error = self.chunk.attempt(work)
         if self.config.clip_grad:

@@ -187,7 +187,9 @@ def _notes(found: Comparison) -> list[str]:
             "* simulated as if experts ran in parallel for free."
         )
     if found.control is not None:
-        notes.append(f"Differences are against “{found.control.label}” on the same images, image by image, with the 95 % interval of the pairs.")
+        notes.append(f"Differences are against “{found.control.label}”, image by image on the same images; in brackets the 95 % interval of them.")
+    if any(len(line.runs) > 1 for line in found.lines):
+        notes.append("± after a top-1 is the standard deviation over runs that differ in their seed alone, of which it is the mean.")
     if any(line.energy for line in found.lines):
         notes.append("Energy is computed for one image by an analytical model of the Eyeriss accelerator (mode eyeriss); it is never a measurement.")
     devices = sorted({str(run.source.conditions.get("device", "")) for line in found.lines for run in line.runs} - {""})
@@ -252,17 +254,18 @@ def _difference(line: Line, control: Line | None) -> Cell:
     pairs = [(run, other) for run in line.runs for other in control.runs if _paired(run, other, len(control.runs) > 1)]
     if not pairs:
         return Cell("none", "–", None, "not evaluated on the same images as the control")
-    differences, halves = [], []
+    differences, below, above = [], [], []
     for run, other in pairs:
         images, mine, theirs = run.accuracy.images, run.accuracy.right, other.accuracy.right
         only_first, only_second = (mine & ~theirs).bit_count(), (theirs & ~mine).bit_count()
         low, high = paired_interval(only_first, only_second, images)
         differences.append(100 * (only_first - only_second) / images)
-        halves.append((high - low) / 2)
-    mean, half = sum(differences) / len(pairs), sqrt(sum(h * h for h in halves) / len(pairs))
+        below.append(differences[-1] - low)
+        above.append(high - differences[-1])
+    mean, (down, up) = sum(differences) / len(pairs), (sqrt(sum(side * side for side in sides) / len(pairs)) for sides in (below, above))
     return Cell(
         "measured",
-        f"{signed(mean)} ± {half:.2f}",
+        f"{signed(mean)} ({signed(mean - down)} … {signed(mean + up)})",
         mean,
         f"paired 95 % interval, {len(pairs)} pair{'s' if len(pairs) > 1 else ''} of runs",
     )

@@ -10,7 +10,7 @@ from . import charted, tabulated
 from .ablation import Comparison, comparisons
 from .ablation import table as ablation_table
 from .charts import Bars, Chart, Lines, Scatter
-from .results import Results, Skipped
+from .results import Results, RunResult, Skipped
 from .shown_search import ShownSearch, search_latency_tables, shown_search
 from .tables import Table, Tile
 
@@ -85,8 +85,15 @@ def _newest(results: Results) -> tuple[Results, tuple[Skipped, ...]]:
     speeds, old_speeds = _newest_of(
         results.speeds, lambda s: (s.model, s.contender, s.batch, s.source.conditions.get("device")), "time of {1} at batch {2}"
     )
+    runs, old_runs = _newest_of(results.runs, _same_run, "run of {1} with the same settings and seed")
     _, old_views = _newest_of(results.views, lambda v: (v.scene, v.row, v.psnr is None), "numbers of {1} on {0}")
-    return replace(results, energies=energies, speeds=speeds), (*old_energies, *old_speeds, *old_views)
+    return replace(results, runs=runs, energies=energies, speeds=speeds), (*old_runs, *old_energies, *old_speeds, *old_views)
+
+
+def _same_run(run: RunResult) -> tuple:
+    """What two files of one run share: one without a seed is known by its answers."""
+    images = (run.model, run.data, run.accuracy.images, run.accuracy.labels_digest)
+    return images, run.recipe, run.variant, run.seed if run.seed is not None else f"{run.accuracy.right:x}"
 
 
 def _newest_of(entries: list[Any], key: Callable[[Any], tuple], what: str) -> tuple[list[Any], list[Skipped]]:

@@ -72,7 +72,7 @@ def read_finetune(values: Fields, source: Source, found: Results) -> None:
             model,
             data,
             recipe_name(recipe),
-            _canonical([recipe, config]),
+            _canonical([recipe, config, values.values.get("loading")]),
             name,
             accuracy(evaluation),
             number if isinstance(number, int) else None,
@@ -85,7 +85,9 @@ def read_quickstart(values: Fields, source: Source, found: Results) -> None:
     """All its rows."""
     model = model_ref(values, image_size(values.values.get("image_size"))) if "model" in values else ModelRef("pvt_v2_b0", "quickstart", (32, 32))
     data = values.word("data", "Fashion-MNIST, the embedded part")
-    seed = values.count("seed")
+    seed, tuning = values.count("seed"), values.values.get("finetune")
+    config = {key: value for key, value in tuning.items() if key not in _UNSHARED} if isinstance(tuning, Mapping) else tuning
+    variant = _canonical(["quickstart", values.values.get("budget"), config])
     for row in values.each("rows"):
         mults, dense = row.number("multiplications", 0), row.number("dense_multiplications", 1)
         removed = row.number("removed", -100, 1)
@@ -96,7 +98,7 @@ def read_quickstart(values: Fields, source: Source, found: Results) -> None:
                 model,
                 data,
                 row.word("recipe", "dense"),
-                "quickstart",
+                variant,
                 row.text("name"),
                 accuracy(row.fields("evaluation")),
                 seed,

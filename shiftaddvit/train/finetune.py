@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,18 @@ def finetune(
         described[IMAGES] = data
         resuming = _open(folder, described, resume, overwrite, accelerator)
     session = _Session(model, val_loader, config, stages, accelerator, folder, teacher, show)
+    session.loading = _loading(train_loader, accelerator.num_processes)
     session.run(train_loader, folder.load_checkpoint() if resuming else None)
     return FinetuneResult(session.last, session.history, stages, session.ended_before)
+
+
+def _loading(loader: Any, processes: int) -> dict[str, Any]:
+    """What makes runs on the same images different: the images a step, and how they are changed."""
+    augment = getattr(loader, "config", None)
+    return {
+        "batches": len(loader), "batch_size": getattr(loader, "batch_size", None), "processes": processes,
+        "augment": asdict(augment) if is_dataclass(augment) else None,
+    }  # fmt: skip
 
 
 def _open(folder: RunFolder, description: dict, resume: bool, overwrite: bool, accelerator: Accelerator) -> bool:
@@ -131,6 +141,7 @@ class _Session:
         self.show = show and accelerator.is_main_process
         self.history: list[dict[str, Any]] = []
         self.last: Evaluation | None = None
+        self.loading: dict[str, Any] = {}
         self.board = None
         self.ended_before = False
 
@@ -206,6 +217,8 @@ class _Session:
         profiles = profile_experts(self.model, images)
         if self.folder is not None:
             self.folder.write_latency(profiles_to_json(profiles))
+        if not all(profile["steady"] for profile in profiles.values()):
+            self._log({"event": "note", "note": "expert times are unsteady: the machine was busy; they hold for this run and are not kept"})
         return {name: profile["seconds"] for name, profile in profiles.items()}
 
     def _stage_run(self, number: int, train_loader: Any) -> StageRun:
@@ -260,6 +273,7 @@ class _Session:
                 "history": self.history,
                 "stages": [asdict(stage) for stage in self.stages],
                 "config": asdict(self.config),
+                "loading": self.loading,
                 "conditions": conditions(self.accelerator.device, seed=self.config.seed),
             },
         )

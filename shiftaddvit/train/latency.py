@@ -1,8 +1,7 @@
-"""Measured cost of each expert of each mixture, for the balance loss; cached in a file that names the device."""
+"""Measured cost of each expert of each mixture, for the balance loss; steady measurements are cached in a file that names the device."""
 
 import json
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -24,10 +23,15 @@ KIND = "expert-latency"
 SAME = ("device", "layer", "shape", "experts", "tokens", "dtype")
 """Fields of a profile that a measurement holds for: where all are equal it is not measured again."""
 WARM_UP, REPEATS = 3, 20
-"""Calls of each expert that are not timed, and that are."""
+"""Calls of each expert that are not timed, and that are before the times are looked at."""
+ATTEMPTS, LONGEST = 4, 5.0
+"""A mixture whose times are unsteady is measured so often at most, and not again after so many seconds."""
+SPREAD = 1.25
+"""Steady times: a quarter of the calls of each expert took at most so many times the fastest."""
 
 Profile = Mapping[str, Any]
-"""One mixture's shape with the seconds of its experts, as plain JSON values: the fields `SAME`, `seconds` (one an expert) and `conditions`."""
+"""One mixture's shape with the seconds of its experts, as plain JSON values: the fields `SAME`, `seconds` (one an expert), `steady` and
+`conditions`."""
 
 
 def measure_expert_latency(model: nn.Module, images: Tensor, cache: Path | None = None) -> dict[str, list[float]]:
@@ -38,19 +42,27 @@ def measure_expert_latency(model: nn.Module, images: Tensor, cache: Path | None 
 def profile_experts(model: nn.Module, images: Tensor, cache: Path | None = None) -> dict[str, Profile]:
     """The profile of each mixture, by module name: the seconds that each expert takes on all tokens of `images`, in the form it has at
     inference (packed shift layers). Measured once a shape and device: the result is kept in `cache` (default: the user's cache folder).
-    A cache that is damaged, or was changed by hand, is measured again."""
+    A cache that is damaged, or was changed by hand, is measured again. Times that stay unsteady, on a busy machine, hold for this call
+    only: they say `steady: false`, a warning names them, and they are not kept."""
     cache = cache or default_cache()
-    known = {_key(profile): profile for profile in _read(cache)}
+    known = {_key(profile): profile for profile in _read(cache) if profile.get("steady") is True}
     facts: dict[str, Any] | None = None
-    found = {}
+    found, unsteady = {}, 0
     for name, (mixture, example) in _inputs_of_mixtures(model, images).items():
-        facts = facts or conditions(images.device, timed=f"median of {REPEATS} after {WARM_UP} calls, each expert alone on all tokens")
+        facts = facts or conditions(images.device, timed=f"fastest of {REPEATS} or more after {WARM_UP} calls, experts in turn, each on all tokens")
         profile = _described(mixture, example, facts)
         key = _key(profile)
         if key not in known:
-            known[key] = profile | {"seconds": [_seconds(_inference_form(expert), example) for expert in mixture.experts], "conditions": facts}
-            _keep(cache, known.values())
+            seconds, steady = _seconds([_inference_form(expert) for expert in mixture.experts], example)
+            timed = facts if steady else facts | {"timed": f"{facts['timed']}; unsteady, the machine was busy"}
+            known[key] = profile | {"seconds": seconds, "steady": steady, "conditions": timed}
+            unsteady += not steady
+            if steady:
+                _keep(cache, [one for one in known.values() if one["steady"]])
         found[name] = known[key]
+    if unsteady:
+        shapes = f"{unsteady} layer shape{'s' * (unsteady > 1)}"
+        warnings.warn(f"expert times of {shapes} are unsteady, the machine is busy: used here, not kept", stacklevel=2)
     return found
 
 
@@ -148,11 +160,24 @@ def _key(profile: Profile) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _seconds(expert: nn.Module, example: Tensor) -> float:
+def _seconds(experts: list[nn.Module], example: Tensor) -> tuple[list[float], bool]:
+    """The fastest call of each expert, as whatever else runs only adds to it, and whether calls agree. Experts take turns, so that a
+    disturbance meets all of them."""
     for _ in range(WARM_UP):
-        expert(example)
+        for expert in experts:
+            expert(example)
     timer = _cuda_timer if example.is_cuda else _cpu_timer
-    return statistics.median(timer(expert, example) for _ in range(REPEATS))
+    times: list[list[float]] = [[] for _ in experts]
+    start = time.monotonic()
+    for _ in range(ATTEMPTS):
+        for _ in range(REPEATS):
+            for expert, mine in zip(experts, times, strict=True):
+                mine.append(timer(expert, example))
+        if steady := all(sorted(mine)[len(mine) // 4] <= SPREAD * min(mine) for mine in times):
+            break
+        if time.monotonic() - start > LONGEST:
+            break
+    return [min(mine) for mine in times], steady
 
 
 def _cpu_timer(expert: Callable[[Tensor], Tensor], example: Tensor) -> float:

@@ -41,6 +41,13 @@ class TrainingProgress:
         if self.bar is not None:
             self.bar.update(self.task, note=text)
 
+    def say(self, text: str) -> None:
+        """A line of its own, at once."""
+        if self.bar is not None:
+            self.console.print(f"{self.title}: {text}", markup=False, highlight=False)
+        elif self.show:
+            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+
     def epoch(self, text: str) -> None:
         """An epoch ended."""
         if self.bar is not None:
