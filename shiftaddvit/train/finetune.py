@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .latency import profile_experts, profiles_to_json, set_expert_costs
 from .plan import plan_stages
 from .position import Position, step_seed
 from .resume import place, reached
-from .run_folder import IMAGES, MODEL, RunFolder
+from .run_folder import IMAGES, MODEL, RunFolder, loading
 from .stage import StageRun, train_stage
 
 
@@ -103,18 +103,9 @@ def finetune(
         described[IMAGES] = data
         resuming = _open(folder, described, resume, overwrite, accelerator)
     session = _Session(model, val_loader, config, stages, accelerator, folder, teacher, show)
-    session.loading = _loading(train_loader, accelerator.num_processes)
+    session.loading = loading(train_loader, accelerator.num_processes)
     session.run(train_loader, folder.load_checkpoint() if resuming else None)
     return FinetuneResult(session.last, session.history, stages, session.ended_before)
-
-
-def _loading(loader: Any, processes: int) -> dict[str, Any]:
-    """What makes runs on the same images different: the images a step, and how they are changed."""
-    augment = getattr(loader, "config", None)
-    return {
-        "batches": len(loader), "batch_size": getattr(loader, "batch_size", None), "processes": processes,
-        "augment": asdict(augment) if is_dataclass(augment) else None,
-    }  # fmt: skip
 
 
 def _open(folder: RunFolder, description: dict, resume: bool, overwrite: bool, accelerator: Accelerator) -> bool:

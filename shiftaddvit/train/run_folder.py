@@ -7,7 +7,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +156,12 @@ def _differences(path: tuple[str, ...], before: Any, now: Any) -> Iterator[tuple
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
+
+
+def loading(loader: Any, processes: int) -> dict[str, Any]:
+    """What makes runs on the same images different: the images a step, and how they are changed."""
+    augment = getattr(loader, "config", None)
+    return {
+        "batches": len(loader), "batch_size": getattr(loader, "batch_size", None), "processes": processes,
+        "augment": asdict(augment) if is_dataclass(augment) else None,
+    }  # fmt: skip
