@@ -58,3 +58,12 @@ def random_codes(out_features: int, in_features: int, bits: int, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8, generator=generator)
     return torch.where(codes == 2 ** (bits - 1), 0, codes)
+
+
+def pick(a, linear):
+    """A linear of one or two experts in float64, every row by the expert that its router names."""
+    weight, bias, router = linear
+    y = torch.einsum("...k,enk->...en", a, weight.double()) + bias.double()
+    if router is None:
+        return y[..., 0, :]
+    return torch.where((a @ router[1].double() > a @ router[0].double()).unsqueeze(-1), y[..., 1, :], y[..., 0, :])

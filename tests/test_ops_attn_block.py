@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_checks import error, poisoned_outputs
+from ops_checks import error, pick, poisoned_outputs
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.ops.attn_block import attn_block, fits
@@ -54,14 +54,6 @@ def exact(x, heads, norm, eps, qkv, conv, proj, rule="token", codes="zero-one", 
     if conv is not None:
         o = o + F.conv2d(v, conv.double()[:, None, :, None], padding=(conv.shape[1] // 2, 0), groups=heads)
     return x.double() + pick(rounded(o.transpose(1, 2).flatten(2)), proj)
-
-
-def pick(a, linear):
-    weight, bias, router = linear
-    y = torch.einsum("...k,enk->...en", a, weight.double()) + bias.double()
-    if router is None:
-        return y[..., 0, :]
-    return torch.where((a @ router[1].double() > a @ router[0].double()).unsqueeze(-1), y[..., 1, :], y[..., 0, :])
 
 
 FORMS = (

@@ -4,7 +4,7 @@ of Gluon, is the reference on pictures of every width, however they are cut into
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_checks import error, poisoned_outputs
+from ops_checks import error, pick, poisoned_outputs
 
 from shiftaddvit.errors import UserError
 from shiftaddvit.ops.conv_gelu import conv_gelu
@@ -36,14 +36,6 @@ def exact(x, height, width, norm, eps, fc1, conv, fc2):
     filters = conv[0].double().t().reshape(-1, 1, 3, 3)
     y = F.gelu(F.conv2d(h, filters, conv[1].double(), padding=1, groups=h.shape[1])).flatten(2).transpose(1, 2)
     return x.double() + pick(y, fc2)
-
-
-def pick(a, linear):
-    weight, bias, router = linear
-    y = torch.einsum("...k,enk->...en", a, weight.double()) + bias.double()
-    if router is None:
-        return y[..., 0, :]
-    return torch.where((a @ router[1].double() > a @ router[0].double()).unsqueeze(-1), y[..., 1, :], y[..., 0, :])
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 2), (2, 1), (1, 2)])

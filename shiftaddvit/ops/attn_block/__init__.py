@@ -14,16 +14,13 @@ from shiftaddvit.errors import UserError, unknown
 
 from ..backends import Backend, choose_backend, interpreting, overlapping, same_device
 from ..conv_mlp.gluon import has_gluon
-from ..norm_linear.reference import route_rows
+from ..expert_linear import Linear, check_linear, ready_routers
 from . import reference
 
 __all__ = ["attn_block", "fits"]
 
 HEAD, WIDEST_WINDOW = 32, 17
 """What the kernels are written for: the width of a head, and the widest token convolution, eight tokens to either side."""
-
-Linear = tuple[Float[Tensor, "experts out in"], Float[Tensor, "experts out"], Tensor | None]
-"""Weight, bias, and for two experts the router: (2, in), or its `route_rows` (16, in)."""
 
 
 def fits(x: Tensor, heads: int, qkv: Tensor, proj: Tensor, window: int, local: str = "own") -> bool:
@@ -69,8 +66,8 @@ def attn_block(
             raise unknown(name, value, allowed)
     if heads < 1 or channels % heads:
         raise UserError(f"heads must divide {channels} channels, got {heads}")
-    _linear(qkv, channels, (3 * channels, 2 * channels), "qkv")
-    _linear(proj, channels, (channels,), "proj")
+    check_linear(qkv, channels, (3 * channels, 2 * channels), "qkv")
+    check_linear(proj, channels, (channels,), "proj")
     for name, vector in (("norm weight", norm[0]), ("norm bias", norm[1])):
         if tuple(vector.shape) != (channels,):
             raise UserError(f"{name} must be {(channels,)}, got {tuple(vector.shape)}")
@@ -82,18 +79,6 @@ def attn_block(
     return torch.ops.shiftaddvit.attn_block(
         x.contiguous(), eps, *weights, heads, rule, codes, local, context_mean, output_unit, pdl, backend
     )
-
-
-def _linear(linear: Linear, inputs: int, outputs: tuple[int, ...], name: str) -> None:
-    weight, bias, router = linear
-    count = weight.shape[0]
-    if weight.dim() != 3 or count not in (1, 2) or weight.shape[1] not in outputs or weight.shape[2] != inputs:
-        raise UserError(f"{name} must have a weight (1 or 2 experts, {' or '.join(map(str, outputs))}, {inputs}), got {tuple(weight.shape)}")
-    if bias.shape != weight.shape[:2]:
-        raise UserError(f"{name} must have a bias {tuple(weight.shape[:2])}, got {tuple(bias.shape)}")
-    if (router is not None) != (count == 2) or (router is not None and tuple(router.shape) not in ((2, inputs), (16, inputs))):
-        got = None if router is None else tuple(router.shape)
-        raise UserError(f"{name} needs a router of (2, {inputs}) or its `route_rows` for two experts, and none for one, got {count} and {got}")
 
 
 @torch.library.custom_op(
@@ -119,11 +104,7 @@ def _attn_block(
         return reference.attn_block(x, eps, gamma, beta, weight1, bias1, router1, conv, weight2, bias2, router2, *form)
     from . import triton as kernels
 
-    # Routers that are made ready only now must be waited for before they are read.
-    pdl = pdl and all(router is None or len(router) == 16 for router in (router1, router2))
-    router1, router2 = (
-        route_rows(router, torch.float16) if router is not None and len(router) == 2 else router for router in (router1, router2)
-    )
+    (router1, router2), pdl = ready_routers((router1, router2), torch.float16, pdl)
     return kernels.attn_block(x, eps, gamma, beta, weight1, bias1, router1, conv, weight2, bias2, router2, *form, pdl)
 
 

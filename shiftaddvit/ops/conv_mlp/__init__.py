@@ -12,7 +12,7 @@ from torch import Tensor
 from shiftaddvit.errors import UserError
 
 from ..backends import Backend, choose_backend, interpreting, overlapping, same_device
-from ..norm_linear.reference import route_rows
+from ..expert_linear import Linear, check_linear, ready_routers
 from . import reference
 from .gluon import has_gluon
 
@@ -20,9 +20,6 @@ __all__ = ["conv_mlp", "fits"]
 
 SIZES, WIDEST = {32: 256, 64: 512}, 64
 """What the kernels are written for: hidden channels by channels, and the most columns of a picture."""
-
-Linear = tuple[Float[Tensor, "experts out in"], Float[Tensor, "experts out"], Tensor | None]
-"""Weight, bias, and for two experts the router: (2, in), or its `route_rows` (16, in)."""
 
 
 def fits(x: Tensor, width: int, weight1: Tensor, conv: Tensor, weight2: Tensor) -> bool:
@@ -55,8 +52,8 @@ def conv_mlp(
     if x.dim() != 3 or x.shape[1] != height * width:
         raise UserError(f"x must be (B, {height}·{width}, C), got {tuple(x.shape)}")
     channels, hidden = x.shape[2], conv[0].shape[-1]
-    _linear(fc1, channels, hidden, "fc1")
-    _linear(fc2, hidden, channels, "fc2")
+    check_linear(fc1, channels, (hidden,), "fc1")
+    check_linear(fc2, hidden, (channels,), "fc2")
     for name, vector, shape in (
         ("norm weight", norm[0], (channels,)), ("norm bias", norm[1], (channels,)), ("conv", conv[0], (9, hidden)), ("conv bias", conv[1], (hidden,)),
     ):  # fmt: skip
@@ -66,18 +63,6 @@ def conv_mlp(
     weights = tuple(t.contiguous() if t is not None else None for t in (*norm, *fc1, *conv, *fc2))
     pdl = overlapping(pdl, *norm, *fc1, *conv, *fc2)
     return torch.ops.shiftaddvit.conv_mlp(x.contiguous(), height, width, eps, *weights, pdl, backend)
-
-
-def _linear(linear: Linear, inputs: int, outputs: int, name: str) -> None:
-    weight, bias, router = linear
-    count = weight.shape[0]
-    if weight.dim() != 3 or count not in (1, 2) or tuple(weight.shape[1:]) != (outputs, inputs):
-        raise UserError(f"{name} must have a weight (1 or 2 experts, {outputs}, {inputs}), got {tuple(weight.shape)}")
-    if bias.shape != weight.shape[:2]:
-        raise UserError(f"{name} must have a bias {tuple(weight.shape[:2])}, got {tuple(bias.shape)}")
-    if (router is not None) != (count == 2) or (router is not None and tuple(router.shape) not in ((2, inputs), (16, inputs))):
-        got = None if router is None else tuple(router.shape)
-        raise UserError(f"{name} needs a router of (2, {inputs}) or its `route_rows` for two experts, and none for one, got {count} and {got}")
 
 
 @torch.library.custom_op(
@@ -101,11 +86,7 @@ def _conv_mlp(x, height, width, eps, gamma, beta, weight1, bias1, router1, conv,
         )
     from . import triton as kernels
 
-    # Routers that are made ready only now must be waited for before they are read.
-    pdl = pdl and all(router is None or len(router) == 16 for router in (router1, router2))
-    router1, router2 = (
-        route_rows(router, torch.float16) if router is not None and len(router) == 2 else router for router in (router1, router2)
-    )
+    (router1, router2), pdl = ready_routers((router1, router2), torch.float16, pdl)
     return kernels.conv_mlp(x, height, width, eps, gamma, beta, weight1, bias1, router1, conv, conv_bias, weight2, bias2, router2, pdl)
 
 
