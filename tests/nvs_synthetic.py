@@ -1,10 +1,14 @@
 """A scene that can be computed exactly: a textured wall with a textured square before it."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from shiftaddvit.nvs.cameras import look_at, pixel_grid, pixel_rays
+from shiftaddvit.nvs.pictures import write_png
 from shiftaddvit.nvs.scene import Scene
+from shiftaddvit.nvs.transforms_json import write_transforms
 
 WALL, SQUARE = 4.0, 2.5  # depths along +z
 
@@ -50,3 +54,11 @@ def _texture(point: torch.Tensor, frequency: float) -> torch.Tensor:
     x, y = point[:, 0] * frequency, point[:, 1] * frequency
     waves = torch.stack([torch.sin(x + 0.5 * y), torch.sin(1.3 * y - 0.7 * x + 1), torch.sin(0.8 * x) * torch.cos(0.9 * y)], dim=-1)
     return 0.5 + 0.4 * waves
+
+
+def write_scene(scene: Scene, folder: Path) -> Path:
+    """The scene as people have it: pictures and a transforms.json."""
+    for name, image in zip(scene.names, scene.images, strict=True):
+        write_png(folder / "images" / name, image)
+    write_transforms(folder, scene)
+    return folder

@@ -19,17 +19,12 @@ from shiftaddvit.nvs.rows import ROWS
 from shiftaddvit.nvs.scene import normalise
 from shiftaddvit.nvs.state import save_model
 from shiftaddvit.nvs.step import add_gradients
-from shiftaddvit.nvs.transforms_json import write_transforms
 from shiftaddvit.reparam import recipes, reparameterize
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("scene")
-    scene = nvs_synthetic.make_scene(views=6, width=36, height=32)
-    for name, image in zip(scene.names, scene.images, strict=True):
-        write_png(place / "images" / name, image)
-    write_transforms(place, scene)
+    place = nvs_synthetic.write_scene(nvs_synthetic.make_scene(views=6, width=36, height=32), tmp_path_factory.mktemp("scene"))
     save_model(tiny(), place / "model.safetensors")
     return place
 

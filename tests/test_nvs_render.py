@@ -27,7 +27,6 @@ from shiftaddvit.nvs.prepare import prepare
 from shiftaddvit.nvs.render import make_renderer
 from shiftaddvit.nvs.scene import normalise
 from shiftaddvit.nvs.state import save_model
-from shiftaddvit.nvs.transforms_json import write_transforms
 from shiftaddvit.nvs.video import color_ramp, depth_picture, error_picture, write_video
 
 TINY = GNTConfig(width=16, depth=2, samples=6, sources=3, feature_channels=4, feature_base=4)
@@ -41,11 +40,7 @@ def scene():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A scene folder and a tiny trained model beside it."""
-    path = tmp_path_factory.mktemp("scene")
-    original = nvs_synthetic.make_scene(views=6, width=36, height=32)
-    for name, image in zip(original.names, original.images, strict=True):
-        write_png(path / "images" / name, image)
-    write_transforms(path, original)
+    path = nvs_synthetic.write_scene(nvs_synthetic.make_scene(views=6, width=36, height=32), tmp_path_factory.mktemp("scene"))
     torch.manual_seed(0)
     save_model(GNT(TINY), path / "model.safetensors")
     return path
